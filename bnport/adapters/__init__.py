@@ -1,0 +1,157 @@
+"""One module per framework: its conventions and nothing else. Adapters are discovered from this package; there is no list.
+
+An adapter is a module (or package) `bnport.adapters.<name>` whose docstring is its mapping table (theirs, ours, note)
+and that defines what `Adapter` below says. It never imports another adapter, and imports its framework only inside
+functions that were handed a live object of it, or that run it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bnport.layer import Change, Layers
+
+HEAD_BYTES = 4096
+
+
+class Adapter(Protocol):
+    """What an adapter module defines. `write`, `apply` and `run` may be missing where they make no sense."""
+
+    __name__: str
+    SUFFIXES: tuple[str, ...]  # ".pth", ...: file names it reads; several adapters may share one
+    PACKAGES: tuple[str, ...]  # top-level packages of the live objects it reads: ("torch",)
+
+    def recognise(self, head: bytes, path: str) -> bool:
+        """Whether the first HEAD_BYTES of the file at `path` are this format. May open `path` again if that is cheap."""
+        ...
+
+    def read(self, source: Any, **options: Any) -> Layers:
+        """The BatchNorm layers of a path (str) or live object, lazily. Options are keyword-only, with defaults.
+
+        Raises FormatError (naming file and tensor) for what is not understood; returns empty Layers, with notes that
+        say why if it is known, where there is no BatchNorm.
+        """
+        ...
+
+    def write(self, target: str, changes: Mapping[str, Change], out: str, **options: Any) -> None:
+        """Make, at the new path `out`, a copy of the file `target` with the changes; all else stays byte for byte."""
+        ...
+
+    def apply(self, model: Any, changes: Mapping[str, Change], **options: Any) -> None:
+        """Write the changes into a live object: all, or on any error none."""
+        ...
+
+    def run(self, source: Any, layer: str, x: Any, **options: Any) -> dict[str, Any]:
+        """Put x of shape (N, C) through one layer of a path or live object by the real engine, at inference.
+
+        Returns how it was called -> output of shape (N, C): {"model(x)": ..., "predict": ...}. Raises MissingDependency
+        without the framework. The source is left as it was.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """The adapters that exist, by listing this package's folder."""
+    found = {entry.split(".")[0] for entry in os.listdir(os.path.dirname(__file__)) if not entry.startswith("_")}
+    return sorted(found)
+
+
+def load(name: str) -> Adapter:
+    """The adapter module called `name`. Raises NotFound that lists the formats there are."""
+    import importlib
+
+    if name not in names():
+        raise NotFound(f"no format {printable(name)!r}; there are {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def find(source: Any) -> Adapter:
+    """The adapter of a path or of a live object. Never imports a framework to find out.
+
+    A path is asked of the adapters that share its suffix, by its first bytes; then of all others. A live object
+    belongs to the adapter that names the top-level package of its class or of one of its bases.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _of_file(os.fspath(source))
+    packages = {base.__module__.split(".")[0] for base in type(source).__mro__}
+    for name in names():
+        adapter = load(name)
+        if packages & set(adapter.PACKAGES):
+            return adapter
+    if isinstance(source, dict):
+        return load("torch")  # a state dict is a plain dict of tensors
+    kind = f"{type(source).__module__}.{type(source).__qualname__}"
+    raise NotFound(f"no format reads a {printable(kind)} object; there are {', '.join(names())}")
+
+
+def _of_file(path: str) -> Adapter:
+    head = read_head(path)
+    suffix = os.path.splitext(path)[1].lower()
+    adapters = sorted((load(name) for name in names()), key=lambda a: suffix not in a.SUFFIXES)
+    for adapter in adapters:
+        if adapter.recognise(head, path):
+            return adapter
+    known = sorted({s for a in adapters for s in a.SUFFIXES})
+    what = "an empty file" if not head else f"its first bytes are {head[:8]!r}"
+    raise FormatError(f"{printable(path)}: not a model file that bnport reads ({what}); it reads {', '.join(known)}")
+
+
+def read_head(path: str) -> bytes:
+    """The first HEAD_BYTES of a regular file (or b"" for a directory); anything else is refused."""
+    import stat
+
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise NotFound(f"{printable(path)}: no such file") from None
+    except OSError as error:
+        raise FormatError(f"{printable(path)}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        return b""
+    if not stat.S_ISREG(mode):
+        raise FormatError(f"{printable(path)}: not a regular file")
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        raise FormatError(f"{printable(path)}: {error.strerror}") from None
+
+
+def read(source: Any, *, epsilon: float | None = None, format: str | None = None, **options: Any) -> Layers:
+    """The BatchNorm layers of a file or live object.
+
+    `epsilon` replaces one that the source does not hold (it is then no longer assumed); a source that holds its own
+    refuses it. `format` names the adapter instead of finding it. Other options go to the adapter; one that it does not
+    know is refused.
+    """
+    adapter = load(format) if format else find(source)
+    known = adapter.read.__kwdefaults__ or {}
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        name = adapter.__name__.rsplit(".", 1)[-1]
+        takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+        raise InvalidValue(f"the {name} format has no option {listed(unknown)}; {takes}")
+    layers = adapter.read(os.fspath(source) if isinstance(source, os.PathLike) else source, **given)
+    if epsilon is not None:
+        held = [layer.name for layer in layers.values() if "epsilon" not in layer.assumed]
+        if held:
+            raise InvalidValue(
+                f"{layers.source} holds the epsilon of {len(held)} layers itself ({listed(held, 3)}); --epsilon is for"
+                " sources that do not"
+            )
+        for name, layer in layers.items():
+            layers[name] = layer.but(epsilon=epsilon, assumed=layer.assumed - {"epsilon"})
+    return layers
+
+
+def imported(package: str) -> bool:
+    """Whether somebody else has already imported `package`."""
+    return package in sys.modules

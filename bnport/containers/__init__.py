@@ -1,0 +1,10 @@
+"""How bytes lie in files. Nothing here knows what BatchNorm is.
+
+files.py        positioned reads that check bounds; a file replaced whole or not at all
+tensor.py       an array in a file that has not been read yet
+zip.py          the central directory of an archive; members read by position; CRC-32 patched, not recomputed
+pickle.py       a pickle read into plain data and inert stand-ins; nothing in it is ever called
+safetensors.py  header and positions
+hdf5.py         HDF5 opened so that no other file can be reached through it
+protobuf.py     wire format, walked lazily
+"""

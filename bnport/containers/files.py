@@ -1,0 +1,187 @@
+"""Positioned reads that check bounds, and a file replaced whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from bnport.errors import FormatError, NotFound, OutputError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+TEMPORARY = ".bnport-tmp"  # in the name of every temporary file, so that one left by a kill is recognisable
+
+
+class ReadFile:
+    """A regular file opened for reading by position. It is closed when nothing refers to it any more.
+
+    pread, not mmap: a mapped file pulls read-around windows (2.5 GB read from disk for 2.9 MB wanted), and a file
+    truncated under a mapping kills the process.
+    """
+
+    __slots__ = ("_descriptor", "path", "size")
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = -1
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+            status = os.fstat(self._descriptor)
+        except FileNotFoundError:
+            raise NotFound(f"{printable(path)}: no such file") from None
+        except OSError as error:
+            raise FormatError(f"{printable(path)}: {error.strerror}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{printable(path)}: not a regular file")
+        self.size = status.st_size
+
+    def pread(self, offset: int, length: int, what: str = "data") -> bytes:
+        """`length` bytes at `offset`; FormatError naming `what` if the file does not hold them all."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise FormatError(
+                f"{printable(self.path)}: {printable(what)} should be {length} bytes at {offset}, the file has {self.size}"
+            )
+        parts = []
+        while length:
+            part = os.pread(self._descriptor, length, offset)
+            if not part:
+                raise FormatError(f"{printable(self.path)}: shrank while {printable(what)} was read")
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def fileno(self) -> int:
+        """The descriptor, for os.copy_file_range and the like; it belongs to this object."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close now; reading afterwards fails."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            self.close()
+
+
+def sha256(path: str) -> str:
+    """The hex digest of a file's bytes, read in blocks."""
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: object) -> str:  # Python 3.10
+    import hashlib
+
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):  # type: ignore[attr-defined]
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def copy_contents(source: str, out_descriptor: int) -> None:
+    """Append all of `source` to an open file, in the kernel (copy_file_range) where that works."""
+    file = ReadFile(source)
+    done = 0
+    while done < file.size:
+        try:
+            count = os.copy_file_range(file.fileno(), out_descriptor, file.size - done, done)
+        except (AttributeError, OSError):  # not on this system, or across file systems
+            count = os.write(out_descriptor, file.pread(done, min(1 << 20, file.size - done)))
+        if not count:
+            raise FormatError(f"{printable(source)}: shrank while it was copied")
+        done += count
+
+
+def check_output(out: str, *, force: bool = False, inputs: Iterable[str] = ()) -> None:
+    """Refuse an output that must not be written, before any work is done.
+
+    Refused: a directory, device, FIFO or symbolic link; one of the `inputs`, also by hard link; an existing file
+    without `force`; a missing or unwritable folder.
+    """
+    shown = printable(out)
+    folder = os.path.dirname(os.path.abspath(out))
+    if not os.path.isdir(folder):
+        raise OutputError(f"{shown}: the folder {printable(folder)} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{shown}: the folder {printable(folder)} cannot be written to")
+    try:
+        status = os.lstat(out)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{shown}: {error.strerror}") from None
+    if stat.S_ISLNK(status.st_mode):
+        raise OutputError(f"{shown}: is a symbolic link; name the file itself")
+    if not stat.S_ISREG(status.st_mode):
+        raise OutputError(f"{shown}: is not a regular file")
+    for path in inputs:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), status):
+                raise OutputError(f"{shown}: is the input {printable(path)} itself; choose another output")
+    if not force:
+        raise OutputError(f"{shown}: exists already; --force replaces it")
+
+
+def replace_file(
+    out: str,
+    build: Callable[[str], None],
+    check: Callable[[str], None] | None = None,
+    *,
+    force: bool = False,
+    inputs: Iterable[str] = (),
+) -> None:
+    """Make the file `out`, whole or not at all.
+
+    `build(path)` fills a new empty file beside `out` (created with O_EXCL and O_NOFOLLOW); it is flushed to disk,
+    `check(path)` re-reads it, and only then does it take the name `out` (os.replace), and the folder is flushed. On any
+    error the new file is removed and whatever was at `out` is untouched. Raises OutputError for what check_output
+    refuses and for a full disk or an I/O error; errors of `build` and `check` pass through.
+    """
+    check_output(out, force=force, inputs=inputs)
+    folder, name = os.path.split(os.path.abspath(out))
+    mode = 0o666
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(out).st_mode)  # an output that is replaced keeps its permissions
+    temporary = _create_beside(folder, name, mode)
+    try:
+        build(temporary)
+        _flush(temporary)
+        if check is not None:
+            check(temporary)
+        check_output(out, force=force, inputs=inputs)  # nobody may have put something there meanwhile
+        os.replace(temporary, out)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(f"{printable(out)}: {error.strerror or error}; nothing was written") from error
+        raise
+    _flush(folder)
+
+
+def _create_beside(folder: str, name: str, mode: int) -> str:
+    import secrets
+
+    # the suffix stays last: readers and savers go by it
+    temporary = os.path.join(folder, f".{secrets.token_hex(6)}{TEMPORARY}-{name[-100:]}")
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        os.close(os.open(temporary, flags, mode))
+    except OSError as error:
+        raise OutputError(f"{printable(os.path.join(folder, name))}: {error.strerror}") from None
+    return temporary
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

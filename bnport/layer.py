@@ -1,0 +1,139 @@
+"""A record as it was found in a model, the set of them that one source holds, and a change to one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from bnport.errors import InvalidValue, printable
+from bnport.record import FIELDS, BatchNorm, checked_epsilon
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from bnport.record import Array
+
+
+class Kernel(NamedTuple):
+    """The weights that feed a BatchNorm layer, in one layout whatever the framework's.
+
+    kind:   "dense", "conv", "depthwise", "grouped", "transposed" or "separable".
+    shape:  (out channels, in channels per group, *spatial); depthwise is (channels, 1, *spatial).
+    name:   of the layer or tensor in the source.
+    values: reads the weights, transposed to `shape`; called only when somebody compares contents. None: not readable.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    name: str
+    values: Callable[[], Array] | None = None
+
+
+class Layer:
+    """One BatchNorm layer as found in a source. Its numbers are read only when `record` or `arrays()` is asked for.
+
+    name:      in the source's own words, unique there.
+    channels:  C.
+    epsilon:   as stored, or the framework's default, then "epsilon" is in `assumed`.
+    momentum:  the fraction of the OLD value kept (Keras' meaning; 1 - torch's). None: unknown, or a cumulative average.
+    stores:    what the source itself holds for this layer and could hold if written to: of gamma, beta, mean,
+               variance, epsilon, momentum. Without "gamma" the layer has scale=False, without "beta" center=False.
+    assumed:   the fields whose value is a guess because the source does not hold them ("epsilon", "momentum").
+    dtype:     of the stored arrays: float64, float32, float16 or bfloat16.
+    load:      returns the four fields as arrays of shape (C,) in neutral terms; gamma and beta may be missing.
+    tensors:   where a stored tensor is the field itself, field -> containers.Tensor; lets a listing skip numpy.
+    kernel:    the weights that feed the layer, where known.
+    inputs:    names of the BatchNorm layers whose outputs reach this one with no BatchNorm between; None: no graph known.
+    notes:     what a user should know about this layer ("training mode", "epsilon of a traced graph", ...).
+    """
+
+    __slots__ = (
+        "_record", "assumed", "channels", "dtype", "epsilon", "inputs", "kernel", "load", "momentum", "name", "notes",
+        "stores", "tensors",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        channels: int,
+        epsilon: float,
+        load: Callable[[], Mapping[str, Array]],
+        momentum: float | None = None,
+        stores: Iterable[str] = FIELDS,
+        assumed: Iterable[str] = (),
+        dtype: str = "float32",
+        tensors: Mapping[str, object] | None = None,
+        kernel: Kernel | None = None,
+        inputs: tuple[str, ...] | None = None,
+        notes: Iterable[str] = (),
+    ) -> None:
+        self.name = name
+        self.channels = channels
+        try:
+            self.epsilon = checked_epsilon(epsilon)
+        except InvalidValue as error:
+            raise InvalidValue(f"{printable(name)}: {error}") from None
+        self.load = load
+        self.momentum = momentum
+        self.stores = frozenset(stores)
+        self.assumed = frozenset(assumed)
+        self.dtype = dtype
+        self.tensors = tensors
+        self.kernel = kernel
+        self.inputs = inputs
+        self.notes = tuple(notes)
+        self._record: BatchNorm | None = None
+
+    def arrays(self) -> dict[str, Array]:
+        """The stored numbers in neutral terms, not validated: what `show` looks at when they are broken."""
+        return dict(self.load())
+
+    @property
+    def record(self) -> BatchNorm:
+        """The validated record; read at the first call, then kept. Raises InvalidValue that names the layer."""
+        if self._record is None:
+            try:
+                self._record = BatchNorm(**self.arrays(), epsilon=self.epsilon)
+            except InvalidValue as error:
+                raise InvalidValue(f"{printable(self.name)}: {error}") from None
+            if self._record.channels != self.channels:
+                raise InvalidValue(
+                    f"{printable(self.name)}: {self.channels} channels expected, {self._record.channels} read"
+                )
+        return self._record
+
+    def but(self, **changes: object) -> Layer:
+        """A copy with some attributes changed (`epsilon`, `assumed`, `name`, ...); numbers are not read."""
+        values = {slot: getattr(self, slot) for slot in Layer.__slots__ if not slot.startswith("_")}
+        return Layer(**{**values, **changes})
+
+    def __repr__(self) -> str:
+        return f"Layer({self.name!r}, {self.channels} channels, epsilon={self.epsilon!r})"
+
+
+class Layers(dict[str, Layer]):
+    """The BatchNorm layers of one source by name, in the source's own order, and what there is to say of the whole.
+
+    source: a path or a description of the live object, for messages.
+    format: the adapter's name ("torch", "keras", ...).
+    notes:  what a user should know about the source as a whole.
+    """
+
+    def __init__(self, layers: Iterable[Layer] = (), *, source: str, format: str, notes: Iterable[str] = ()) -> None:
+        super().__init__((layer.name, layer) for layer in layers)
+        self.source = source
+        self.format = format
+        self.notes = tuple(notes)
+
+
+class Change(NamedTuple):
+    """What to write into one target layer: exactly the named fields, nothing else.
+
+    record: the final values, already fitted and rounded to the target's dtype.
+    fields: of gamma, beta, mean, variance, epsilon, momentum.
+    momentum: the fraction of the old value kept, if "momentum" is in `fields`.
+    """
+
+    record: BatchNorm
+    fields: frozenset[str]
+    momentum: float | None = None

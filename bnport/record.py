@@ -1,0 +1,471 @@
+"""The neutral record: what a BatchNorm layer is, whichever framework it came from, and its algebra.
+
+At inference BatchNorm is one affine map per channel::
+
+    y = a * x + b        a = gamma / sqrt(variance + epsilon)        b = beta - mean * a
+
+so two layers are the same function on every input iff (a, b) are equal. Everything here is computed in
+float64 and rounded once, when a record is fitted to the layer that will hold it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from bnport._lazy import np
+from bnport.errors import InvalidValue, Unrepresentable
+
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Array: TypeAlias = NDArray[Any]
+
+FIELDS = ("gamma", "beta", "mean", "variance")
+
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_LARGEST = {"float64": 1.7976931348623157e308, "float32": 3.4028234663852886e38, "float16": 65504.0,
+            "bfloat16": 3.3895313892515355e38}  # fmt: skip
+_FLOAT32_SMALLEST_NORMAL = 2.0**-126  # engines may flush anything smaller to zero
+
+
+def meant_epsilon(epsilon: float) -> float:
+    """The decimal that was meant by an epsilon that went through float32.
+
+    ONNX, Caffe and CoreML store epsilon as float32, so 1e-5 reads back as 9.999999747378752e-06. If `epsilon` is
+    exactly a float32 value, the shortest decimal that rounds to that float32 is returned; otherwise `epsilon` itself.
+    Every engine rounds epsilon to float32 again, so the change is never observable there.
+    """
+    try:
+        single = struct.pack("<f", epsilon)
+    except OverflowError:
+        return epsilon
+    if struct.unpack("<f", single)[0] != epsilon:
+        return epsilon
+    for digits in range(1, 10):
+        decimal = float(f"{epsilon:.{digits}g}")
+        if struct.pack("<f", decimal) == single:
+            return decimal
+    return epsilon
+
+
+def checked_epsilon(epsilon: object) -> float:
+    """`epsilon` as a finite float >= 0, or InvalidValue; strings, booleans and lists are refused."""
+    if isinstance(epsilon, bool | str | bytes) or not hasattr(epsilon, "__float__"):
+        raise InvalidValue(f"epsilon: expected a number, got {epsilon!r:.60}")
+    try:
+        value = float(epsilon)
+    except (TypeError, ValueError) as error:
+        raise InvalidValue(f"epsilon: expected a number, got {epsilon!r:.60}") from error
+    if not math.isfinite(value) or value < 0:
+        raise InvalidValue(f"epsilon: expected a finite number >= 0, got {value!r}")
+    return meant_epsilon(value)
+
+
+def _vector(name: str, value: ArrayLike) -> Array:
+    """A read-only float32 or float64 copy of shape (C,); 16-bit floats widen exactly, integers become float64."""
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        array = array.astype(np.float64)
+    elif array.dtype.name in ("float16", "bfloat16"):
+        array = array.astype(np.float32)
+    elif array.dtype.name not in ("float32", "float64"):
+        raise InvalidValue(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
+    if array.ndim != 1 or array.size == 0:
+        raise InvalidValue(f"{name}: expected shape (channels,) with at least one channel, got {array.shape}")
+    copy = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", subok=False)
+    finite = np.isfinite(copy)
+    if not finite.all():
+        channel = int(np.argmin(finite))
+        raise InvalidValue(f"{name}: channel {channel} is {copy[channel]}; every value must be finite")
+    copy.flags.writeable = False
+    return copy
+
+
+def first_channels(bad: Array, limit: int = 5) -> str:
+    """'channel 3', or 'channels 0, 3, 7 and 12 more', for a boolean mask of shape (C,)."""
+    where = np.flatnonzero(bad)
+    more = f" and {where.size - limit} more" if where.size > limit else ""
+    return f"channel{'s' if where.size > 1 else ''} {', '.join(map(str, where[:limit]))}{more}"
+
+
+class BatchNorm:
+    """gamma, beta, mean, variance of shape (C,), and epsilon. Immutable, complete, validated once.
+
+    Arguments are keyword-only, because four arrays of one shape cannot be told apart by position. An absent gamma is
+    ones and an absent beta zeros, which is exact. Arrays are copied, kept as float32 or float64 (16-bit values widen
+    exactly), and read-only. A negative variance is legal iff variance + epsilon > 0, and is kept as it is (a published
+    MobileNet has -1e-5). An epsilon that is a float32 value reads as the decimal that was meant.
+
+    Raises InvalidValue on wrong shapes or dtypes, NaN or infinity, or variance + epsilon <= 0.
+    """
+
+    __slots__ = ("beta", "epsilon", "gamma", "mean", "variance")
+
+    gamma: Array
+    beta: Array
+    mean: Array
+    variance: Array
+    epsilon: float
+
+    def __init__(
+        self,
+        *,
+        mean: ArrayLike,
+        variance: ArrayLike,
+        epsilon: float,
+        gamma: ArrayLike | None = None,
+        beta: ArrayLike | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "epsilon", checked_epsilon(epsilon))
+        put(self, "mean", _vector("mean", mean))
+        put(self, "variance", _vector("variance", variance))
+        dtype = self.mean.dtype
+        put(self, "gamma", _vector("gamma", np.ones(self.mean.shape, dtype) if gamma is None else gamma))
+        put(self, "beta", _vector("beta", np.zeros(self.mean.shape, dtype) if beta is None else beta))
+        sizes = {name: getattr(self, name).size for name in FIELDS}
+        if len(set(sizes.values())) > 1:
+            raise InvalidValue(f"arrays of different lengths: {', '.join(f'{k} {v}' for k, v in sizes.items())}")
+        bad = self.variance.astype(np.float64) + self.epsilon <= 0
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise InvalidValue(
+                f"variance + epsilon must be positive; {first_channels(bad)}: variance {self.variance[at]!r}"
+                f" + epsilon {self.epsilon!r}"
+            )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a BatchNorm is immutable; build a new one with replace({name}=...)")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("a BatchNorm is immutable")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self.gamma, self.beta, self.mean, self.variance, self.epsilon)
+
+    def __repr__(self) -> str:
+        return f"BatchNorm({self.channels} channels, epsilon={self.epsilon!r})"
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
+
+    def __eq__(self, other: object) -> bool:
+        """Same epsilon and the same four arrays bit for bit, once both are widened to float64."""
+        if not isinstance(other, BatchNorm):
+            return NotImplemented
+        return self.epsilon == other.epsilon and all(
+            getattr(self, f).astype(np.float64).tobytes() == getattr(other, f).astype(np.float64).tobytes()
+            for f in FIELDS
+        )
+
+    @property
+    def channels(self) -> int:
+        """C, the number of channels."""
+        return int(self.mean.size)
+
+    @property
+    def std(self) -> Array:
+        """sqrt(variance + epsilon), float64, shape (C,): what x - mean is divided by."""
+        return np.sqrt(self.variance.astype(np.float64) + self.epsilon)
+
+    def replace(self, **changes: ArrayLike | float) -> BatchNorm:
+        """A new record with some of gamma, beta, mean, variance, epsilon replaced, validated again."""
+        values: dict[str, object] = {name: getattr(self, name) for name in (*FIELDS, "epsilon")}
+        unknown = set(changes) - set(values)
+        if unknown:
+            raise TypeError(f"replace() takes {', '.join(values)}; got {', '.join(sorted(unknown))}")
+        return BatchNorm(**{**values, **changes})  # type: ignore[arg-type]
+
+    # ---- other ways in
+
+    @classmethod
+    def from_std(
+        cls, *, mean: ArrayLike, std: ArrayLike, epsilon: float = 0.0,
+        gamma: ArrayLike | None = None, beta: ArrayLike | None = None,
+    ) -> BatchNorm:  # fmt: skip
+        """From a standard deviation that is divided by as std + epsilon: variance = (std + epsilon)**2, epsilon = 0.
+
+        That covers Keras 0.x, pjreddie's CPU Darknet (epsilon outside the root), and MatConvNet, whose sigma already
+        holds its epsilon (leave `epsilon` at 0 there). Raises InvalidValue unless std + epsilon > 0.
+        """
+        divisor = _vector("std", std).astype(np.float64) + checked_epsilon(epsilon)
+        if (divisor <= 0).any():
+            raise InvalidValue(f"std + epsilon must be positive: {first_channels(divisor <= 0)}")
+        return cls(gamma=gamma, beta=beta, mean=mean, variance=divisor**2, epsilon=0.0)
+
+    @classmethod
+    def from_inverse_std(
+        cls, *, mean: ArrayLike, inverse_std: ArrayLike, epsilon: float = 0.0,
+        gamma: ArrayLike | None = None, beta: ArrayLike | None = None,
+    ) -> BatchNorm:  # fmt: skip
+        """From 1/sqrt(variance + epsilon), as Lasagne, Torch7 and early yjxiong Caffe store it.
+
+        variance = inverse_std**-2 - epsilon where that is >= 0 in every channel (then `epsilon` is kept, which suits
+        fine-tuning), otherwise variance = inverse_std**-2 with epsilon 0. Both are the same function.
+        """
+        inverse = _vector("inverse_std", inverse_std).astype(np.float64)
+        if (inverse <= 0).any():
+            raise InvalidValue(f"inverse_std must be positive: {first_channels(inverse <= 0)}")
+        total, epsilon = inverse**-2.0, checked_epsilon(epsilon)
+        if (total - epsilon < 0).any():
+            epsilon = 0.0
+        return cls(gamma=gamma, beta=beta, mean=mean, variance=total - epsilon, epsilon=epsilon)
+
+    @classmethod
+    def from_scaled_sums(
+        cls, *, mean_sum: ArrayLike, variance_sum: ArrayLike, factor: float, epsilon: float,
+        gamma: ArrayLike | None = None, beta: ArrayLike | None = None, allow_zero_factor: bool = False,
+    ) -> BatchNorm:  # fmt: skip
+        """From Caffe's running sums: mean = mean_sum / factor, variance = variance_sum / factor.
+
+        `factor` is the third blob of a BatchNorm layer, near 1000 after training. 0 means that the layer never saw
+        data; Caffe then uses mean = variance = 0, which is refused unless `allow_zero_factor`.
+        """
+        factor = float(factor)
+        if not math.isfinite(factor) or factor < 0:
+            raise InvalidValue(f"scale factor: expected a finite number >= 0, got {factor!r}")
+        if factor == 0 and not allow_zero_factor:
+            raise InvalidValue("scale factor 0: this layer holds no statistics (it never saw data)")
+        sums = _vector("mean", mean_sum).astype(np.float64), _vector("variance", variance_sum).astype(np.float64)
+        mean, variance = (s / factor if factor else s * 0.0 for s in sums)
+        return cls(gamma=gamma, beta=beta, mean=mean, variance=variance, epsilon=epsilon)
+
+    @classmethod
+    def from_affine(cls, *, slope: ArrayLike, intercept: ArrayLike, epsilon: float = 0.0) -> BatchNorm:
+        """From a folded affine y = slope * x + intercept: gamma = slope, beta = intercept, mean 0, variance 1 - epsilon.
+
+        With epsilon 0 (the default) this is bit-exact. The true statistics are not recoverable from an affine.
+        """
+        slope = _vector("slope", slope)
+        epsilon = checked_epsilon(epsilon)
+        zeros = np.zeros(slope.shape, slope.dtype)
+        if epsilon < 1:
+            return cls(
+                gamma=slope, beta=intercept, mean=zeros, variance=zeros + (1 - np.float64(epsilon)), epsilon=epsilon
+            )
+        gamma = slope.astype(np.float64) * math.sqrt(1 + epsilon)
+        return cls(gamma=gamma, beta=intercept, mean=zeros, variance=zeros + 1, epsilon=epsilon)
+
+    # ---- the function it is
+
+    def affine(self) -> tuple[Array, Array]:
+        """(a, b) in float64, shape (C,): a = gamma / sqrt(variance + epsilon), b = beta - mean * a."""
+        a = self.gamma.astype(np.float64) / self.std
+        return a, self.beta - self.mean * a
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """The reference output for x of shape (..., C), in float64: gamma * (x - mean) / sqrt(variance + epsilon) + beta."""
+        y: Array = self.gamma * (np.asarray(x, np.float64) - self.mean) / self.std + self.beta
+        return y
+
+    def error_bound(self, x: ArrayLike, *, output_dtype: str = "float32") -> Array:
+        """Largest |engine(x) - self(x)| of a correct float32 engine holding these values; shape of x, float64.
+
+        u (6 |a (x - mean)| + |a x| + 2 |a mean| + |beta| + |y|), u = 2**-24: at most 6u in the computed a (epsilon
+        and sum to float32, reciprocal root, times gamma), common to a x and a mean; then one rounding each of a mean,
+        beta - a mean, a x and the last sum. Held for nine implementations. To it come a term for engines that flush
+        subnormals to zero and, for 16-bit outputs, one rounding of y to `output_dtype`. x must hold the values that
+        the engine sees: already rounded to float32, or to the 16-bit dtype.
+        """
+        u = UNIT_ROUNDOFF["float32"]
+        x = np.asarray(x, np.float64)
+        a, _ = self.affine()
+        y, centred = self(x), x - self.mean
+        flushed = _FLOAT32_SMALLEST_NORMAL
+        bound: Array = (6 * u + flushed / self.std**2) * np.abs(a * centred) + u * (
+            np.abs(a * x) + 2 * np.abs(a * self.mean) + np.abs(self.beta) + np.abs(y)
+        )
+        bound = bound + flushed * (np.abs(centred) + 4)
+        if output_dtype in ("float16", "bfloat16"):
+            smallest = 2.0**-24 if output_dtype == "float16" else flushed
+            bound = bound + UNIT_ROUNDOFF[output_dtype] * (np.abs(y) + bound) + smallest
+        return bound
+
+    def storage_bound(self, x: ArrayLike, *, dtype: str = "float32") -> Array:
+        """Largest change of self(x) by rounding every parameter once to `dtype`: 2u|a (x - mean)| + u(|a mean| + |beta|).
+
+        gamma contributes u, variance at most u/2 and epsilon nothing; mean and beta one rounding each.
+        """
+        u = UNIT_ROUNDOFF[dtype]
+        a, _ = self.affine()
+        centred = np.asarray(x, np.float64) - self.mean
+        bound: Array = u * (2 * np.abs(a * centred) + np.abs(a * self.mean) + np.abs(self.beta))
+        return bound
+
+    def probes(self, dtype: str = "float32") -> Array:
+        """Inputs that tell mistakes apart, float64 values exactly representable in `dtype`; shape (10, C).
+
+        mean + k * sqrt(variance + epsilon) for k in 0, 1, -1, 3, -3, 8, -8, and 0, 1, -1. k = 0 isolates beta; any two
+        others isolate a.
+        """
+        rows = [self.mean + k * self.std for k in (0, 1, -1, 3, -3, 8, -8)]
+        rows += [np.full(self.channels, float(k)) for k in (0, 1, -1)]
+        return round_to(np.stack(rows), dtype)
+
+    # ---- the same function in another form
+
+    def with_epsilon(self, epsilon: float) -> BatchNorm:
+        """The same function with another epsilon; float64 arrays, (a, b) kept within 2 ulps of float64.
+
+        Per channel, with s = variance + self.epsilon: variance' = s - epsilon where that is >= 0 (no gamma needed);
+        elsewhere variance' = max(variance, 0) and gamma' = gamma * sqrt((variance' + epsilon) / s). A negative
+        variance is never made: legal here, it amplifies rounding up to 48 000 times and is NaN to other readers.
+        """
+        epsilon = checked_epsilon(epsilon)
+        if epsilon == self.epsilon:
+            return self
+        variance = self.variance.astype(np.float64)
+        gamma = self.gamma.astype(np.float64)
+        total = variance + self.epsilon
+        shifted = total - epsilon
+        if self.epsilon > epsilon:  # one rounding instead of two when epsilon shrinks
+            shifted = variance + (self.epsilon - epsilon)
+        fits = (shifted >= 0) & (shifted + epsilon > 0)
+        new_variance = np.where(fits, shifted, np.maximum(variance, 0.0))
+        new_gamma = np.where(fits, gamma, gamma * np.sqrt((new_variance + epsilon) / total))
+        return self.replace(gamma=new_gamma, variance=new_variance, epsilon=epsilon)
+
+    def without_gamma(self) -> BatchNorm:
+        """The same function with gamma = 1 (a layer with scale=False): variance' = (variance + epsilon) / gamma**2 - epsilon.
+
+        Channels with gamma == 1 stay as they are. Raises Unrepresentable for a gamma <= 0 or a slope steeper than
+        1/sqrt(epsilon): neither beta nor mean can change a slope.
+        """
+        gamma = self.gamma.astype(np.float64)
+        one = gamma == 1
+        if one.all():
+            return self
+        variance = self.variance.astype(np.float64)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            absorbed = np.where(one, variance, (variance + self.epsilon) / gamma**2 - self.epsilon)
+        for bad, why in (
+            (gamma <= 0, "gamma is not positive"),
+            (~one & ~(absorbed >= 0), f"its slope is steeper than 1/sqrt(epsilon {self.epsilon!r})"),
+            (~np.isfinite(absorbed), "its variance would overflow"),
+        ):
+            if bad.any():
+                raise Unrepresentable(
+                    f"{first_channels(bad)} cannot be held without gamma (scale=False): {why}."
+                    " Use a target with scale=True, or a smaller epsilon"
+                )
+        return self.replace(gamma=np.ones_like(gamma), variance=absorbed)
+
+    def without_beta(self) -> BatchNorm:
+        """The same function with beta = 0 (a layer with center=False): mean' = mean - beta / a.
+
+        Channels with beta == 0 stay as they are. Raises Unrepresentable where gamma is 0 and beta is not.
+        """
+        beta = self.beta.astype(np.float64)
+        if not beta.any():
+            return self
+        a, _ = self.affine()
+        bad = (a == 0) & (beta != 0)
+        if bad.any():
+            raise Unrepresentable(
+                f"{first_channels(bad)} cannot be held without beta (center=False): gamma is 0, so no mean gives"
+                " that output. Use a target with center=True"
+            )
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            mean = np.where(beta == 0, self.mean, self.mean - beta / np.where(a == 0, 1.0, a))
+        if not np.isfinite(mean).all():
+            raise Unrepresentable(
+                f"{first_channels(~np.isfinite(mean))}: mean would overflow without beta (center=False)"
+            )
+        return self.replace(beta=np.zeros_like(beta), mean=mean)
+
+    def rounded(self, dtype: str) -> BatchNorm:
+        """Every array rounded once to `dtype` (float64, float32, float16, bfloat16), as the target layer will hold it.
+
+        Raises Unrepresentable, naming the channel, where a value overflows, or where underflow would change a, or
+        a mean or a beta that matters, by more than `dtype`'s rounding.
+        """
+        rounded = {name: round_to(getattr(self, name), dtype) for name in FIELDS}
+        for name, array in rounded.items():
+            over = ~np.isfinite(array)
+            if over.any():
+                at = int(np.argmax(over))
+                raise Unrepresentable(
+                    f"{name}, {first_channels(over)}: {getattr(self, name)[at]!r} does not fit {dtype}"
+                    f" (largest {_LARGEST[dtype]:g})"
+                )
+        lost = rounded["variance"].astype(np.float64) + self.epsilon <= 0
+        if lost.any():
+            raise Unrepresentable(f"variance, {first_channels(lost)}: underflows to 0 in {dtype} and epsilon is 0")
+        result = self.replace(**rounded)
+        u = UNIT_ROUNDOFF[dtype]
+        (a, _), (new_a, _) = self.affine(), result.affine()
+        bad = np.abs(new_a - a) > 2 * u * np.abs(a)
+        # a channel's output moves by less than its own spread times u: mean in units of std, beta in units of gamma
+        for name, spread in (("mean", self.std), ("beta", np.abs(self.gamma.astype(np.float64)))):
+            old, new = getattr(self, name).astype(np.float64), getattr(result, name).astype(np.float64)
+            bad |= np.abs(new - old) > u * np.maximum(np.abs(old), spread)
+        if bad.any():
+            raise Unrepresentable(f"{first_channels(bad)}: values underflow in {dtype} and would change the function")
+        return result
+
+    def fit(
+        self, *, scale: bool = True, center: bool = True, epsilon: float | None = None, dtype: str = "float32"
+    ) -> Fit:
+        """This record as the target layer can hold it, and what had to change.
+
+        `scale`/`center`: whether the target has gamma / beta. `epsilon`: the target's own if it cannot be changed,
+        else None (the record's is kept). `dtype`: how the target stores its arrays. Exact where nothing had to
+        change, absorbed by the algebra above, or Unrepresentable with the channel.
+        """
+        notes: list[str] = []
+        fitted = self
+        if epsilon is not None and checked_epsilon(epsilon) != self.epsilon:
+            fitted = self.with_epsilon(epsilon)
+            by_gamma = int(np.count_nonzero(fitted.gamma != self.gamma))
+            where = {0: "variance", self.channels: "gamma"}.get(by_gamma, f"variance and gamma ({by_gamma} channels)")
+            notes.append(f"epsilon {self.epsilon!r} -> {fitted.epsilon!r} absorbed into {where}")
+        for absent, change, note in (
+            (not scale, BatchNorm.without_gamma, "gamma absorbed into variance (target has scale=False)"),
+            (not center, BatchNorm.without_beta, "beta absorbed into mean (target has center=False)"),
+        ):
+            if absent:
+                before, fitted = fitted, change(fitted)
+                if fitted is not before:
+                    notes.append(note)
+        stored = fitted.rounded(dtype)
+        if stored != fitted:
+            if fitted is self:
+                notes.append(f"rounded to {dtype}")
+            fitted = stored
+        return Fit(fitted, tuple(notes))
+
+
+class Fit(NamedTuple):
+    """A record as a target layer will hold it, and in words what had to change for that; no notes means bit-exact."""
+
+    record: BatchNorm
+    notes: tuple[str, ...]
+
+
+def _rebuild(gamma: Array, beta: Array, mean: Array, variance: Array, epsilon: float) -> BatchNorm:
+    return BatchNorm(gamma=gamma, beta=beta, mean=mean, variance=variance, epsilon=epsilon)
+
+
+def round_to(array: Array, dtype: str) -> Array:
+    """`array` rounded to nearest in `dtype`, overflow to infinity; 16-bit results come back widened to float32."""
+    if dtype not in UNIT_ROUNDOFF:
+        raise InvalidValue(f"dtype: expected one of {', '.join(UNIT_ROUNDOFF)}, got {dtype!r:.60}")
+    with np.errstate(over="ignore"):
+        if dtype == "bfloat16":
+            return _round_to_bfloat16(array)
+        rounded = np.asarray(array).astype(dtype)
+        return rounded.astype(np.float32) if dtype == "float16" else rounded
+
+
+def _round_to_bfloat16(array: Array) -> Array:
+    """Round to nearest, ties to even, 8 significant bits, in one step from float64 (subnormals included)."""
+    wide = np.asarray(array, np.float64)
+    _, exponent = np.frexp(wide)
+    exponent = np.maximum(exponent, -125)  # below 2**-126 the spacing stays 2**-133
+    step = np.ldexp(1.0, exponent - 8)
+    rounded = np.where(np.isfinite(wide), np.rint(wide / step) * step, wide)
+    rounded = np.where(np.abs(rounded) > _LARGEST["bfloat16"], np.copysign(np.inf, wide), rounded)
+    return np.copysign(rounded, wide).astype(np.float32)
