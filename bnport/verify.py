@@ -1,0 +1,270 @@
+"""Are two sets of layers the same function? Decided on (a, b), not by sampling; and the Report that says so.
+
+Three rungs, each a `Check` in the report:
+
+bits      what was to be written is what is read back, bit for bit.
+affine    a = gamma / sqrt(variance + epsilon) and b = beta - mean a of both sides, in float64, epsilon as the float32 that
+          every engine uses: |da| <= 4u |a| and |db| <= 4u (|beta| + |a mean|), u the unit roundoff of the checked side's
+          stored dtype (rounding gamma, variance, mean and beta once costs at most 1.5u and 2.5u).
+run       the real layer's output at the probes against the reference formula in float64, within the float32 error bound of
+          record.error_bound plus the storage term.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bnport._lazy import np
+from bnport.errors import InvalidValue
+from bnport.record import FIELDS, UNIT_ROUNDOFF, BatchNorm, round_to
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from bnport.layer import Change, Layer
+    from bnport.record import Array
+
+EXACT, BOUNDED, DIFFERENT, INVALID = "exact", "bounded", "different", "invalid"
+
+
+class Check(NamedTuple):
+    """One comparison of one layer, at the place where it is worst.
+
+    ratio is error / bound there (0 where both are 0; <= 1 passes); error and bound are in the units of what is compared.
+    """
+
+    name: str  # "bits", "a", "b", or how the engine was called: "keras model(x)", ...
+    error: float
+    bound: float
+    ratio: float
+    channel: int
+    probe: float | None = None  # the input value, for a run
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its bound."""
+        return self.ratio <= 1
+
+
+class LayerReport(NamedTuple):
+    """What happened to one target layer, and what the checks say."""
+
+    target: str
+    source: str
+    channels: int
+    status: str  # exact, bounded, different, invalid
+    checks: tuple[Check, ...] = ()
+    written: tuple[str, ...] = ()  # the fields, in order; empty for a mere comparison
+    notes: tuple[str, ...] = ()  # what was assumed, changed or absorbed; what is wrong
+    evidence: str = ""  # why this source layer belongs to this target layer
+
+    @property
+    def ok(self) -> bool:
+        """Whether the two are the same function within the bound."""
+        return self.status in (EXACT, BOUNDED)
+
+    @property
+    def worst(self) -> Check | None:
+        """The check nearest to its bound, or furthest beyond it."""
+        return max(self.checks, key=lambda check: check.ratio, default=None)
+
+
+class Report:
+    """What was done and what was proved, layer by layer. Prints itself; `ok` is the verdict."""
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        target: str,
+        layers: Iterable[LayerReport],
+        action: str = "verify",
+        out: str | None = None,
+        notes: Iterable[str] = (),
+        not_run: Iterable[str] = (),
+        left: Mapping[str, Iterable[str]] | None = None,
+        sha256: Mapping[str, str] | None = None,
+    ) -> None:
+        self.action, self.source, self.target, self.out = action, source, target, out
+        self.layers = tuple(layers)
+        self.notes = tuple(dict.fromkeys(notes))
+        self.not_run = tuple(dict.fromkeys(not_run))
+        self.left = {key: tuple(names) for key, names in (left or {}).items() if names}
+        self.sha256 = dict(sha256 or {})
+
+    @property
+    def ok(self) -> bool:
+        """True iff there is at least one layer and every layer is exact or bounded."""
+        return bool(self.layers) and all(layer.ok for layer in self.layers)
+
+    def count(self, status: str) -> int:
+        """How many layers have this status."""
+        return sum(layer.status == status for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in the report as plain JSON values."""
+        from bnport.report import as_dict
+
+        return as_dict(self)
+
+    def __str__(self) -> str:
+        from bnport.report import as_text
+
+        return as_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Report {self.action}: {len(self.layers)} layers, {'ok' if self.ok else 'NOT ok'}>"
+
+    def _repr_html_(self) -> str:
+        from bnport.html import fragment
+
+        return fragment(self)
+
+
+def compare(
+    sources: Mapping[str, Layer], targets: Mapping[str, Layer], pairs: Mapping[str, str]
+) -> dict[str, LayerReport]:
+    """Compare every pair (target name -> source name) on the `affine` rung, all layers in one pass.
+
+    A layer whose numbers are not BatchNorm parameters (NaN, variance + epsilon <= 0) is reported as invalid.
+    """
+    reports: dict[str, LayerReport] = {}
+    good: list[tuple[str, BatchNorm, BatchNorm, float]] = []
+    for target, source in pairs.items():
+        try:
+            ours, theirs = sources[source].record, targets[target].record
+            if ours.channels != theirs.channels:
+                raise InvalidValue(f"{ours.channels} channels in {source}, {theirs.channels} in {target}")
+            good.append((target, ours, theirs, UNIT_ROUNDOFF[targets[target].dtype]))
+        except InvalidValue as error:
+            reports[target] = LayerReport(target, source, targets[target].channels, INVALID, notes=(str(error),))
+    for (target, ours, theirs, _), checks in zip(good, _affine_checks(good), strict=True):
+        if not all(check.ok for check in checks):
+            status = DIFFERENT
+        else:
+            status = EXACT if ours == theirs else BOUNDED
+        reports[target] = LayerReport(target, pairs[target], ours.channels, status, checks)
+    return {target: reports[target] for target in pairs}
+
+
+def _affine_checks(pairs: list[tuple[str, BatchNorm, BatchNorm, float]]) -> list[tuple[Check, Check]]:
+    if not pairs:
+        return []
+    starts = np.cumsum([0] + [ours.channels for _, ours, _, _ in pairs])
+    unit = np.repeat([unit for *_, unit in pairs], np.diff(starts))
+    a, b, size = _affine([ours for _, ours, _, _ in pairs], starts)
+    new_a, new_b, new_size = _affine([theirs for _, _, theirs, _ in pairs], starts)
+    checks = []
+    for name, error, bound in (
+        ("a", np.abs(new_a - a), 4 * unit * np.abs(a)),
+        ("b", np.abs(new_b - b), 4 * unit * np.maximum(size, new_size)),
+    ):
+        ratio = _ratio(error, bound)
+        worst = np.maximum.reduceat(ratio, starts[:-1])
+        row = []
+        for start, end, top in zip(starts[:-1], starts[1:], worst, strict=True):
+            at = int(start + np.argmax(ratio[start:end])) if top > 0 else int(start)
+            row.append(Check(name, float(error[at]), float(bound[at]), float(top), at - int(start)))
+        checks.append(row)
+    return list(zip(*checks, strict=True))
+
+
+def _affine(records: list[BatchNorm], starts: Array) -> tuple[Array, Array, Array]:
+    """(a, b, |beta| + |a mean|) over all channels of all records, with epsilon as float32."""
+    gamma, beta, mean, variance = (
+        np.concatenate([getattr(r, field) for r in records], dtype=np.float64) for field in FIELDS
+    )
+    epsilon = np.repeat(np.array([r.epsilon for r in records], np.float32).astype(np.float64), np.diff(starts))
+    a = gamma / np.sqrt(variance + epsilon)
+    return a, beta - mean * a, np.abs(beta) + np.abs(a * mean)
+
+
+def _ratio(error: Array, bound: Array) -> Array:
+    """error / bound, with 0 where the error is 0, and NaN counted as infinitely wrong."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Array = np.where(error == 0, 0.0, error / bound)
+    return np.where(np.isnan(ratio), np.inf, ratio)
+
+
+def check_bits(
+    before: Mapping[str, Layer], after: Mapping[str, Layer], changes: Mapping[str, Change]
+) -> dict[str, tuple[Check, tuple[str, ...]]]:
+    """What was to be written against what is read back, bit for bit; also that nothing else of any layer moved.
+
+    Returns, for every layer of `before`, a Check whose error is the number of values that differ, and notes on them.
+    """
+    results = {}
+    for name, old in before.items():
+        new = after.get(name)
+        if new is None:
+            results[name] = Check("bits", float("inf"), 0.0, float("inf"), 0), ("the layer is gone from the output",)
+            continue
+        change, differing, notes, channel = changes.get(name), 0, [], 0
+        held = new.arrays()
+        untouched = old.arrays() if change is None or set(FIELDS) - change.fields else {}
+        for field in FIELDS:
+            written = change is not None and field in change.fields
+            expected = getattr(change.record, field) if written and change else untouched.get(field)
+            found = held.get(field)
+            if expected is None or found is None:
+                # an absent gamma is ones and an absent beta zeros; the fit made sure that this is what was meant
+                expected = found = None
+                continue
+            wrong = _bits(expected, found)
+            if wrong.any():
+                differing += int(np.count_nonzero(wrong))
+                channel = int(np.argmax(wrong))
+                notes.append(f"{field} reads back differently (channel {channel})")
+        epsilon = change.record.epsilon if change and "epsilon" in change.fields else old.epsilon
+        if new.epsilon != epsilon:
+            differing += 1
+            notes.append(f"epsilon reads back as {new.epsilon!r}, not {epsilon!r}")
+        momentum = change.momentum if change and "momentum" in change.fields else old.momentum
+        if new.momentum != momentum:
+            differing += 1
+            notes.append(f"momentum reads back as {new.momentum!r}, not {momentum!r}")
+        results[name] = Check("bits", differing, 0.0, float("inf") if differing else 0.0, channel), tuple(notes)
+    return results
+
+
+def _bits(expected: Array, found: Array) -> Array:
+    """Where two arrays differ as float64 bit patterns."""
+    if expected.shape != found.shape:
+        return np.ones(1, bool)
+    one, other = (np.ascontiguousarray(array, np.float64).view(np.uint64) for array in (expected, found))
+    different: Array = one != other
+    return different
+
+
+def check_run(
+    reference: BatchNorm, held: BatchNorm, engine: Callable[[Array], Mapping[str, Array]], *, dtype: str = "float32"
+) -> tuple[Check, ...]:
+    """A real layer's outputs at the probes against `reference`, for each way that the engine was called.
+
+    held: the values in the layer under test (already rounded to `dtype`); its bound and storage term apply.
+    engine: x of shape (probes, C) float32 -> {way: y of the same shape}. A 16-bit y means that the engine rounded x and y.
+    """
+    x = held.probes("float32")
+    checks = []
+    for way, y in engine(x.astype(np.float32)).items():
+        output_dtype = str(y.dtype)
+        seen = round_to(x, output_dtype) if output_dtype in ("float16", "bfloat16") else x
+        if np.shape(y) != x.shape:
+            checks.append(Check(way, float("inf"), 0.0, float("inf"), 0))
+            continue
+        error = np.abs(np.asarray(y, np.float64) - reference(seen))
+        bound = held.error_bound(seen, output_dtype=output_dtype) + held.storage_bound(seen, dtype=dtype)
+        ratio = _ratio(error, bound)
+        row, channel = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+        at = (row, channel)
+        checks.append(Check(way, float(error[at]), float(bound[at]), float(ratio[at]), int(channel), float(seen[at])))
+    return tuple(checks)
+
+
+def with_checks(report: LayerReport, checks: Iterable[Check], notes: Iterable[str] = ()) -> LayerReport:
+    """The report with more checks and notes; a check that fails makes the layer different."""
+    all_checks = report.checks + tuple(checks)
+    failed = report.status in (EXACT, BOUNDED) and not all(check.ok for check in all_checks)
+    return report._replace(
+        checks=all_checks, status=DIFFERENT if failed else report.status, notes=report.notes + tuple(notes)
+    )
