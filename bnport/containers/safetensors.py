@@ -1,0 +1,219 @@
+"""safetensors: an 8-byte length, a JSON header with every tensor's dtype, shape and position, then the bytes.
+
+Layout as documented at https://github.com/huggingface/safetensors#format: a little-endian u64 N, N bytes of JSON
+starting with "{", then one buffer that the tensors' `data_offsets` must cover without hole or overlap.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from bnport.containers.files import ReadFile, copy_contents
+from bnport.containers.tensor import ITEM_SIZE, Tensor
+from bnport.errors import FormatError, InvalidValue, NotFound, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from bnport.record import Array
+
+# The reference library stops at 100 MB; nested JSON grows thirtyfold in memory, and 10 MB describe 100 000 tensors.
+LARGEST_HEADER = 10_000_000
+MOST_DIMENSIONS = 64  # numpy's own limit
+
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
+# known to the format and of known size, but no numbers that numpy can hold: listed, refused when read
+_OPAQUE = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
+
+
+class _Place(NamedTuple):
+    dtype: str  # the header's word
+    shape: tuple[int, ...]
+    begin: int  # from the start of the file
+    end: int
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether the first bytes of a file can be a safetensors header."""
+    return len(head) > 9 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LARGEST_HEADER
+
+
+def open_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, in file order, and its metadata; no tensor's bytes are read.
+
+    Raises FormatError, naming the file and the tensor, for a header that is too long, cut off, not UTF-8, not JSON of
+    the documented form, or has duplicate keys, and for positions that overlap, leave a hole or leave the file.
+    """
+    file = ReadFile(path)
+    places, metadata = _header(file)
+    return {name: _tensor(file, name, place) for name, place in places.items()}, metadata
+
+
+def write_safetensors(path: str, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
+    """Fill the file at `path` with arrays (any dtype of DTYPES, bfloat16 by ml_dtypes) and string metadata.
+
+    The same input gives the same bytes: tensors lie in order of decreasing item size and then name, as the reference
+    library writes them, so that each is aligned.
+    """
+    import json
+
+    for name, array in arrays.items():
+        if array.dtype.name not in _NAMES:
+            raise InvalidValue(f"{printable(name)}: safetensors has no dtype {array.dtype}")
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    position = 0
+    for name in order:
+        if name == "__metadata__":
+            raise InvalidValue("a tensor cannot be called __metadata__ in safetensors")
+        array = arrays[name]
+        end = position + array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": [position, end]
+        }  # fmt: skip
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER:
+        raise InvalidValue(f"{printable(path)}: a header of {len(text)} bytes; at most {LARGEST_HEADER} are read back")
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = arrays[name]
+            little = array if array.dtype.name == "bfloat16" else array.astype(array.dtype.newbyteorder("<"))
+            out.write(little.tobytes())
+
+
+def patch_safetensors(source: str, changes: Mapping[str, bytes], out: str) -> None:
+    """Fill the file `out` with a copy of `source` in which some tensors have other bytes; dtypes and shapes stay.
+
+    Raises NotFound for a name that is not there, InvalidValue for another number of bytes.
+    """
+    file = ReadFile(source)
+    places, _ = _header(file)
+    for name, data in changes.items():
+        if name not in places:
+            raise NotFound(f"{printable(source)}: no tensor {printable(name)}")
+        if len(data) != places[name].end - places[name].begin:
+            place = places[name]
+            raise InvalidValue(f"{printable(name)}: {place.end - place.begin} bytes expected, {len(data)} given")
+    descriptor = os.open(out, os.O_RDWR)
+    try:
+        os.ftruncate(descriptor, 0)
+        copy_contents(source, descriptor)
+        for name, data in changes.items():
+            _pwrite(descriptor, data, places[name].begin)
+    finally:
+        os.close(descriptor)
+
+
+def _pwrite(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _tensor(file: ReadFile, name: str, place: _Place) -> Tensor:
+    length = place.end - place.begin
+    if place.dtype in _OPAQUE:
+        # the stand-in dtype has the right size; read() refuses before anybody takes the bytes for numbers
+        stand_in = "uint64" if _OPAQUE[place.dtype] == 8 else "uint8"
+        return Tensor(name, stand_in, place.shape, _refusal(file.path, name, place.dtype))
+    return Tensor(name, DTYPES[place.dtype], place.shape, lambda: file.pread(place.begin, length, name))
+
+
+def _refusal(path: str, name: str, dtype: str) -> Callable[[], bytes]:
+    def read() -> bytes:
+        raise FormatError(f"{printable(path)}: {printable(name)} is {dtype}, which is not read as numbers")
+
+    return read
+
+
+def _header(file: ReadFile) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Positions of all tensors and the metadata, fully checked."""
+    shown = printable(file.path)
+    length = int.from_bytes(file.pread(0, 8, "the header's length"), "little")
+    if length > LARGEST_HEADER:
+        raise FormatError(f"{shown}: declares a header of {length} bytes; at most {LARGEST_HEADER} are read")
+    text = file.pread(8, length, "the header")
+    if not text.startswith(b"{"):
+        raise FormatError(f"{shown}: the safetensors header should be a JSON object, it starts with {text[:8]!r}")
+    header = _parse(shown, text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{shown}: __metadata__ should map names to strings")
+    data = 8 + length
+    places = {name: _place(shown, name, value, data) for name, value in header.items()}
+    _check_cover(shown, places, data, file.size)
+    return places, metadata
+
+
+def _parse(shown: str, text: bytes) -> dict[str, Any]:
+    import json
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FormatError(f"{shown}: {printable(twice)} is twice in the safetensors header")
+        return found
+
+    def constant(word: str) -> object:
+        raise FormatError(f"{shown}: {word} in the safetensors header")
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except FormatError:
+        raise
+    except RecursionError:
+        raise FormatError(f"{shown}: the safetensors header is nested too deeply") from None
+    except ValueError as error:  # JSON and UTF-8 errors are its children
+        raise FormatError(f"{shown}: the safetensors header is not JSON: {printable(error)}") from None
+    assert isinstance(header, dict)  # it starts with "{"
+    return header
+
+
+def _place(shown: str, name: str, value: Any, data: int) -> _Place:
+    where = f"{shown}: {printable(name)}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where}: expected dtype, shape and data_offsets in the safetensors header")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in _OPAQUE):
+        raise FormatError(f"{where}: unknown dtype {printable(dtype, 40)}")
+    if not _lengths(shape) or len(shape) > MOST_DIMENSIONS:
+        raise FormatError(f"{where}: its shape should be a list of sizes, it is {printable(shape, 60)}")
+    if not _lengths(offsets) or len(offsets) != 2:
+        raise FormatError(f"{where}: data_offsets should be two positions, they are {printable(offsets, 60)}")
+    size = _OPAQUE[dtype] if dtype in _OPAQUE else ITEM_SIZE[DTYPES[dtype]]
+    for side in shape:
+        size *= side
+    begin, end = offsets
+    if end - begin != size:
+        raise FormatError(f"{where}: {dtype} of shape {tuple(shape)} is {size} bytes, data_offsets span {end - begin}")
+    return _Place(dtype, tuple(shape), data + begin, data + end)
+
+
+def _lengths(value: Any) -> bool:
+    """A list of plain integers that fit a signed 64-bit number and are not negative."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_cover(shown: str, places: dict[str, _Place], data: int, size: int) -> None:
+    """The tensors must cover the bytes after the header once, as the format demands: no place for anything hidden."""
+    position, before = data, "the header"
+    for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
+        if place.begin != position:
+            what = "overlaps" if place.begin < position else "leaves a hole after"
+            raise FormatError(f"{shown}: {printable(name)} {what} {printable(before)}")
+        position, before = place.end, name
+    if position != size:
+        what = "ends before its tensors do" if position > size else "holds bytes that belong to no tensor"
+        raise FormatError(f"{shown}: {what} ({position} bytes expected, {size} found)")
