@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from bnport.errors import InvalidValue, printable
 from bnport.record import FIELDS, BatchNorm, checked_epsilon
@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from bnport.record import Array
+
+
+class StoredTensor(Protocol):
+    """An array as it lies in a file: what a listing needs of containers.tensor.Tensor."""
+
+    dtype: str
+
+    def read(self) -> bytes:
+        """Its bytes, little-endian, C order."""
+        ...
 
 
 class Kernel(NamedTuple):
@@ -40,7 +50,7 @@ class Layer:
     assumed:   the fields whose value is a guess because the source does not hold them ("epsilon", "momentum").
     dtype:     of the stored arrays: float64, float32, float16 or bfloat16.
     load:      returns the four fields as arrays of shape (C,) in neutral terms; gamma and beta may be missing.
-    tensors:   where a stored tensor is the field itself, field -> containers.Tensor; lets a listing skip numpy.
+    tensors:   where a stored tensor is the field itself, field -> Tensor; lets a listing skip numpy.
     kernel:    the weights that feed the layer, where known.
     inputs:    names of the BatchNorm layers whose outputs reach this one with no BatchNorm between; None: no graph known.
     notes:     what a user should know about this layer ("training mode", "epsilon of a traced graph", ...).
@@ -62,7 +72,7 @@ class Layer:
         stores: Iterable[str] = FIELDS,
         assumed: Iterable[str] = (),
         dtype: str = "float32",
-        tensors: Mapping[str, object] | None = None,
+        tensors: Mapping[str, StoredTensor] | None = None,
         kernel: Kernel | None = None,
         inputs: tuple[str, ...] | None = None,
         notes: Iterable[str] = (),

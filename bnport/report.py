@@ -41,12 +41,10 @@ def as_text(report: Report) -> str:
         parts.append(
             table(("target", "source", "channels", "result", "worst check", "error / bound"), rows, right=(2, 5))
         )
-    parts += [
-        f"{printable(layer.target)}: {printable(note, 300)}"
-        for layer in report.layers
-        for note in _own_notes(report, layer)
-    ]
-    parts += [f"note: {printable(note, 600)}" for note in (*_shared_notes(report), *report.notes)]
+    for note, layers in _counted_notes(report).items():
+        whose = printable(layers[0]) if len(layers) == 1 else f"{len(layers)} layers"
+        parts.append(f"{whose}: {printable(note, 600)}")
+    parts += [f"note: {printable(note, 600)}" for note in report.notes]
     parts += [f"{word}: {listed(names, 12)}" for word, names in report.left.items()]
     parts += [f"not run: {printable(what, 300)}" for what in report.not_run]
     parts += [f"sha256 {digest}  {printable(path)}" for path, digest in report.sha256.items()]
@@ -88,17 +86,13 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     )
 
 
-def _shared_notes(report: Report) -> list[str]:
-    """Notes that several layers share, once, with how many layers they are about."""
-    counts: dict[str, int] = {}
+def _counted_notes(report: Report) -> dict[str, list[str]]:
+    """Every note of a layer -> the layers that have it."""
+    found: dict[str, list[str]] = {}
     for layer in report.layers:
         for note in layer.notes:
-            counts[note] = counts.get(note, 0) + 1
-    return [f"{note} ({count} layers)" for note, count in counts.items() if count > 1]
-
-
-def _own_notes(report: Report, layer: LayerReport) -> list[str]:
-    return [note for note in layer.notes if sum(note in other.notes for other in report.layers) == 1]
+            found.setdefault(note, []).append(layer.target)
+    return found
 
 
 def as_dict(report: Report) -> dict[str, Any]:

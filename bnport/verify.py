@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnport._lazy import np
 from bnport.errors import InvalidValue
-from bnport.record import FIELDS, UNIT_ROUNDOFF, BatchNorm, round_to
+from bnport.record import FIELDS, BatchNorm
+from bnport.rounding import UNIT_ROUNDOFF, round_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -139,10 +140,8 @@ def compare(
         except InvalidValue as error:
             reports[target] = LayerReport(target, source, targets[target].channels, INVALID, notes=(str(error),))
     for (target, ours, theirs, _), checks in zip(good, _affine_checks(good), strict=True):
-        if not all(check.ok for check in checks):
-            status = DIFFERENT
-        else:
-            status = EXACT if ours == theirs else BOUNDED
+        within = EXACT if ours == theirs else BOUNDED
+        status = within if all(check.ok for check in checks) else DIFFERENT
         reports[target] = LayerReport(target, pairs[target], ours.channels, status, checks)
     return {target: reports[target] for target in pairs}
 
@@ -193,24 +192,22 @@ def check_bits(
 
     Returns, for every layer of `before`, a Check whose error is the number of values that differ, and notes on them.
     """
-    results = {}
+    results: dict[str, tuple[Check, tuple[str, ...]]] = {}
     for name, old in before.items():
         new = after.get(name)
         if new is None:
             results[name] = Check("bits", float("inf"), 0.0, float("inf"), 0), ("the layer is gone from the output",)
             continue
-        change, differing, notes, channel = changes.get(name), 0, [], 0
-        held = new.arrays()
+        change, differing, channel = changes.get(name), 0, 0
+        notes: list[str] = []
+        held, absent = new.arrays(), {"gamma": np.ones(new.channels), "beta": np.zeros(new.channels)}
         untouched = old.arrays() if change is None or set(FIELDS) - change.fields else {}
         for field in FIELDS:
-            written = change is not None and field in change.fields
-            expected = getattr(change.record, field) if written and change else untouched.get(field)
-            found = held.get(field)
-            if expected is None or found is None:
-                # an absent gamma is ones and an absent beta zeros; the fit made sure that this is what was meant
-                expected = found = None
-                continue
-            wrong = _bits(expected, found)
+            if change is not None and field in change.fields:
+                expected = getattr(change.record, field)
+            else:
+                expected = untouched.get(field, absent.get(field))
+            wrong = _bits(expected, held.get(field, absent.get(field)))
             if wrong.any():
                 differing += int(np.count_nonzero(wrong))
                 channel = int(np.argmax(wrong))
@@ -227,9 +224,9 @@ def check_bits(
     return results
 
 
-def _bits(expected: Array, found: Array) -> Array:
+def _bits(expected: Array | None, found: Array | None) -> Array:
     """Where two arrays differ as float64 bit patterns."""
-    if expected.shape != found.shape:
+    if expected is None or found is None or expected.shape != found.shape:
         return np.ones(1, bool)
     one, other = (np.ascontiguousarray(array, np.float64).view(np.uint64) for array in (expected, found))
     different: Array = one != other

@@ -152,6 +152,15 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
     return layers
 
 
+def read_some(source: Any, **options: Any) -> Layers:
+    """`read`, but NotFound where there is no BatchNorm at all, with what the adapter knows of why."""
+    layers = read(source, **options)
+    if not layers:
+        why = f" {' '.join(layers.notes)}" if layers.notes else ""
+        raise NotFound(f"no BatchNorm found in {layers.source} ({layers.format}).{why}")
+    return layers
+
+
 def imported(package: str) -> bool:
     """Whether somebody else has already imported `package`."""
     return package in sys.modules

@@ -1,0 +1,142 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from bnport.errors import InvalidValue, printable
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from bnport.verify import Report
+
+# option of an adapter's read() -> help; on the command line with dashes
+ADAPTER_OPTIONS = {
+    "key": "the entry of a nested checkpoint that holds the weights (state_dict, model_ema, ...)",
+    "stat": "what an ambiguous statistic holds: variance, std or inverse-std",
+    "absent": "which of gamma and beta a three-array .weights.h5 layer lacks",
+    "prototxt": "the .prototxt of a .caffemodel; its epsilon and use_global_stats win",
+}
+ADAPTER_FLAGS = {
+    "inplace_abn": "the source's layers are InPlaceABN: gamma = |weight| + epsilon",
+    "allow_untrained": "take Caffe layers whose scale factor is 0 (mean = variance = 0)",
+}
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """--epsilon, --format and the adapters' own options, for the (first) model that a command reads."""
+    group = parser.add_argument_group("how the source is read")
+    group.add_argument("--epsilon", type=float, metavar="E", help="epsilon of a source that does not store it")
+    group.add_argument("--format", metavar="NAME", help="read the source as this format instead of finding it out")
+    for name, text in ADAPTER_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=text)
+    for name, text in ADAPTER_FLAGS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=text)
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What add_source_options collected, for adapters.read; options not given are left out."""
+    names = ("format", *ADAPTER_OPTIONS, *ADAPTER_FLAGS)
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def add_pairing_options(parser: argparse.ArgumentParser) -> None:
+    """--map, --skip, --only-under and what is known about the target."""
+    group = parser.add_argument_group("which layer belongs to which")
+    group.add_argument("--map", metavar="FILE", help="a TOML file of target = source names, as 'bnport map' writes")
+    group.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN", help="leave these layers out; repeatable"
+    )
+    group.add_argument("--only-under", metavar="PREFIX", help="pair only target layers below this name")
+    target = parser.add_argument_group("how the target is read")
+    target.add_argument("--target-epsilon", type=float, metavar="E", help="epsilon of a target that does not store it")
+    target.add_argument(
+        "--target-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a format's own option for the target",
+    )
+
+
+def pairing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What add_pairing_options collected, as keyword arguments of convert and verify."""
+    options: dict[str, Any] = {
+        "skip": args.skip,
+        "only_under": args.only_under,
+        "target_epsilon": args.target_epsilon,
+        "target_options": dict(_named(text) for text in args.target_option),
+    }
+    if args.map:
+        options["map"] = read_map(args.map)
+    return options
+
+
+def _named(text: str) -> tuple[str, str | bool]:
+    name, equals, value = text.partition("=")
+    return name.replace("-", "_"), value if equals else True
+
+
+def read_map(path: str) -> Any:
+    """A pairing file, as `bnport map` writes it."""
+    from bnport.mapfile import read_map as read
+
+    return read(path)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output; NaN and infinity never appear in it."""
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    print()
+
+
+def finish(report: Report, args: argparse.Namespace) -> int:
+    """Print a report as asked, write its page if asked, and give the exit code: 0 the same function, 1 different."""
+    if getattr(args, "html", None):
+        from bnport.html import write_page
+
+        write_page(report, args.html, force=getattr(args, "force", False))
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def progress_bar(quiet: bool = False) -> Callable[[int, int, str], None] | None:
+    """A one-line progress display on a terminal's standard error, with an estimate of the time left; else None."""
+    if quiet or not sys.stderr.isatty():
+        return None
+    import time
+
+    started = time.monotonic()
+    shown = 0.0
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < 0.1 and done < total:
+            return
+        shown = now
+        left = f", {(now - started) / done * (total - done):.0f} s left" if 0 < done < total else ""
+        text = "" if done >= total else f"{done}/{total} {printable(what, 60)}{left}"
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def name_list(text: str) -> list[str]:
+    """A comma-separated list of names, for --only."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise InvalidValue("expected a comma-separated list of names")
+    return names

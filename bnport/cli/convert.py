@@ -1,0 +1,68 @@
+"""`bnport convert`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnport.cli import common
+
+if TYPE_CHECKING:
+    import argparse
+
+HELP = "Write a source's BatchNorm parameters into a copy of a target model, and prove the result."
+
+EPILOG = """examples:
+  bnport convert resnet50.pth resnet50.keras -o ported.keras
+  bnport convert model.safetensors model.keras -o ported.keras --epsilon 1e-3
+  bnport convert net.caffemodel net.keras -o ported.keras --prototxt deploy.prototxt
+  bnport convert model.onnx model.weights.h5 -o ported.weights.h5 --dry-run
+  bnport convert model.pth records.safetensors        (the neutral record file, to convert from later)
+
+SRC and TARGET are never changed. OUT appears whole and verified, or not at all."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("source", metavar="SRC", help="the model to read BatchNorm parameters from")
+    parser.add_argument("target", metavar="TARGET", help="the model to put them into (it is not changed itself)")
+    parser.add_argument("-o", "--out", metavar="OUT", help="the file to make: TARGET with SRC's BatchNorm")
+    parser.add_argument("--only", metavar="FIELDS", help="write only these, of gamma,beta,mean,variance,epsilon")
+    parser.add_argument(
+        "--momentum", choices=("keep", "port"), default="keep", help="keep the target's momentum (default), or port it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be written; write nothing")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--run", action="store_true", help="also run the real layers in their frameworks")
+    parser.add_argument(
+        "--calibrate", metavar="DATA", help="compute mean and variance from DATA (see 'bnport calibrate')"
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+    common.add_json(parser)
+    common.add_source_options(parser)
+    common.add_pairing_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, print the report, and say whether the output is the same function."""
+    from bnport.convert import convert, save_records
+
+    if args.out is None and not args.dry_run and args.target.endswith(".safetensors"):
+        report = save_records(
+            args.source, args.target, epsilon=args.epsilon, force=args.force, options=common.source_options(args)
+        )
+        return common.finish(report, args)
+    report = convert(
+        args.source,
+        args.target,
+        args.out,
+        only=common.name_list(args.only) if args.only is not None else None,
+        epsilon=args.epsilon,
+        momentum=args.momentum,
+        dry_run=args.dry_run,
+        force=args.force,
+        run=args.run,
+        source_options=common.source_options(args),
+        progress=common.progress_bar(args.json),
+        **common.pairing_options(args),
+    )
+    return common.finish(report, args)
