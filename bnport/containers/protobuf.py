@@ -229,6 +229,11 @@ class Numbers:
         """How many numbers there are."""
         return self.nbytes // self.width
 
+    def places(self) -> Iterator[Span]:
+        """Where they lie, in order: a packed run is one span, an unpacked number one of its own."""
+        for offset, length, stride, count in self._runs:
+            yield from ((offset + k * stride, length) for k in range(count))
+
     def read(self) -> bytes:
         """All of them, little-endian, in order."""
         parts = []
