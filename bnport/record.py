@@ -111,7 +111,7 @@ class BatchNorm:
         if bad.any():
             at = int(np.argmax(bad))
             raise InvalidValue(
-                f"variance + epsilon must be positive; {first_channels(bad)}: variance {self.variance[at]!r}"
+                f"variance + epsilon must be positive; {first_channels(bad)}: variance {float(self.variance[at])!r}"
                 f" + epsilon {self.epsilon!r}"
             )
 
@@ -365,7 +365,7 @@ class BatchNorm:
             if over.any():
                 at = int(np.argmax(over))
                 raise Unrepresentable(
-                    f"{name}, {first_channels(over)}: {getattr(self, name)[at]!r} does not fit {dtype}"
+                    f"{name}, {first_channels(over)}: {float(getattr(self, name)[at])!r} does not fit {dtype}"
                     f" (largest {LARGEST[dtype]:g})"
                 )
         lost = rounded["variance"].astype(np.float64) + self.epsilon <= 0
