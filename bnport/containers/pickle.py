@@ -53,8 +53,8 @@ class Global:
 class Node:
     """An object that the pickle would have made, by a call (REDUCE) or as an instance of a class (NEWOBJ, OBJ, INST).
 
-    callable: the Global (or another stand-in) that would have been called; args: its arguments; state: what BUILD would have set,
-    or None; items: what SETITEMS would have put into it; elements: what APPENDS or ADDITEMS would have.
+    callable: the Global (or another stand-in) that would have been called; args: its arguments; state: what BUILD would
+    have set, or None; items: what SETITEMS would have put into it; elements: what APPENDS or ADDITEMS would have.
     """
 
     __slots__ = ("args", "callable", "elements", "items", "state")
