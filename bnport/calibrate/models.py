@@ -1,0 +1,320 @@
+"""A live Keras model as calibration sees it: its BatchNorm layers, their statistics, and what runs when one is called.
+
+Works for Keras 3 on TensorFlow, torch and JAX, and for Keras 2 (tf_keras, or keras 2 itself). Nothing here is imported
+before a live model is handed in, so its framework is there already.
+
+    ours                  Keras 3                        Keras 2
+    mean                  layer.moving_mean              layer.moving_mean
+    variance              layer.moving_variance          layer.moving_variance
+    channel axis          layer.axis, an integer         layer.axis, a list of one integer after build
+    renorm                moving_stddev, renorm_mean,    moving_stddev, renorm_mean, renorm_stddev
+                          renorm_stddev
+    mask of a tensor      keras.src.backend              tensor._keras_mask
+                          get_keras_mask(tensor)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from bnport._lazy import np
+from bnport.calibrate.moments import Moments, moments
+from bnport.errors import InvalidValue, NotFound, Unrepresentable, listed, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from bnport.record import Array
+
+    Hook = Callable[["Norm", Callable[..., Any], Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Stop(BaseException):
+    """Leaves a forward pass from inside a layer; Keras rewrites an Exception on its way out, not a BaseException."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+
+class Norm:
+    """One BatchNorm layer of a live model.
+
+    name:     the layer's name; its path in the model where two layers share a name.
+    channels: C.
+    axis:     the channel axis of its input.
+    """
+
+    __slots__ = ("axis", "before", "channels", "epsilon", "frozen", "layer", "momentum", "name", "renorm")
+
+    def __init__(self, layer: Any, name: str) -> None:
+        self.layer, self.name = layer, name
+        axis = layer.axis
+        if not isinstance(axis, int):
+            if len(axis) != 1:
+                raise InvalidValue(
+                    f"{printable(name)}: normalises over {len(axis)} axes at once; only one is supported"
+                )
+            axis = axis[0]
+        self.axis = int(axis)
+        self.channels = int(layer.moving_mean.shape[0])
+        self.epsilon = float(layer.epsilon)
+        self.momentum = float(layer.momentum)
+        self.frozen = not layer.trainable
+        self.renorm = bool(getattr(layer, "renorm", False))
+        self.before = self._snapshot()
+
+    def _variables(self) -> list[Any]:
+        names = ["moving_mean", "moving_variance"]
+        if self.renorm:
+            names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
+        return [getattr(self.layer, name) for name in names]
+
+    def _snapshot(self) -> list[Array]:
+        return [np.array(variable.numpy()) for variable in self._variables()]
+
+    def read(self) -> tuple[Array, Array]:
+        """(mean, variance) as they are stored now, widened to float64."""
+        mean, variance = self._snapshot()[:2]
+        return mean.astype(np.float64), variance.astype(np.float64)
+
+    def write(self, mean: Array, variance: Array) -> None:
+        """Store float64 (C,) statistics, rounded once to the layer's dtype.
+
+        With renorm the three training-only arrays are set to agree, as the layer would have left them:
+        moving_stddev = renorm_stddev = sqrt(variance + epsilon), renorm_mean = mean.
+        Raises Unrepresentable if a value does not fit the dtype.
+        """
+        values = [mean, variance]
+        if self.renorm:
+            stddev = np.sqrt(variance + self.epsilon)
+            values += [stddev, mean, stddev]
+        for variable, value, old in zip(self._variables(), values, self.before, strict=True):
+            with np.errstate(over="ignore", under="ignore"):
+                rounded = value.astype(old.dtype)
+            if not np.isfinite(rounded.astype(np.float64)).all():
+                raise Unrepresentable(
+                    f"{printable(self.name)}: statistics up to {np.abs(value).max():.3g} do not fit its {old.dtype} variables"
+                )
+            variable.assign(rounded)
+
+    def restore(self) -> None:
+        """Put back, bit for bit, what the layer held when this object was made."""
+        for variable, old in zip(self._variables(), self.before, strict=True):
+            variable.assign(old)
+
+
+class LiveModel:
+    """A Keras model, which Keras it belongs to, and every BatchNorm layer inside it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.keras = _keras_of(model)
+        self.version = 3 if self.keras.__version__.startswith("3") else 2
+        self.backend: str = self.keras.backend.backend() if self.version == 3 else "tensorflow"
+        self.tree: Any = self.keras.tree if self.version == 3 else sys.modules["tensorflow"].nest
+        self.norms = self._find_norms()
+
+    def _find_norms(self) -> list[Norm]:
+        kinds: list[Any] = [self.keras.layers.BatchNormalization]
+        with contextlib.suppress(AttributeError):
+            kinds.append(self.keras.src.layers.normalization.batch_normalization.BatchNormalizationBase)
+        with contextlib.suppress(AttributeError):  # tf.compat.v1.layers' class, with Keras 2
+            kinds.append(self.keras.__internal__.legacy.layers.BatchNormalization)
+        found: list[tuple[Any, str]] = [
+            (layer, "/".join(path)) for layer, path in _walk(self.model, ()) if isinstance(layer, tuple(kinds))
+        ]
+        if not found:
+            raise NotFound(f"{self.what}: has no BatchNormalization layer")
+        unbuilt = [path for layer, path in found if not layer.built or layer.moving_mean is None]
+        if unbuilt:
+            raise InvalidValue(
+                f"{self.what}: not built yet, so {listed(unbuilt, 3)} has no weights; call the model once, or build it"
+            )
+        names = [layer.name for layer, _ in found]
+        return [Norm(layer, layer.name if names.count(layer.name) == 1 else path) for layer, path in found]
+
+    @property
+    def what(self) -> str:
+        """The model for a message."""
+        return f"model {printable(getattr(self.model, 'name', type(self.model).__name__))!r}"
+
+    # ---- running
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Eager inference without gradients; everything but BatchNorm statistics is as before when it ends.
+
+        Seed generators advanced by a layer that draws at inference (dropout called with training=True) are put back.
+        """
+        random = self._random_state()
+        with contextlib.ExitStack() as stack:
+            if self.backend == "torch":
+                stack.enter_context(sys.modules["torch"].no_grad())
+            if self.backend == "tensorflow":
+                tf = sys.modules["tensorflow"]
+                eager = tf.config.functions_run_eagerly()
+                if not eager:
+                    tf.config.run_functions_eagerly(True)  # a call inside a tf.function could not be looked into
+                    stack.callback(tf.config.run_functions_eagerly, False)
+            try:
+                yield
+            finally:
+                for variable, value in random:
+                    variable.assign(value)
+                clear = getattr(self.model, "_clear_losses", None)
+                if clear is not None:
+                    clear()
+
+    def _random_state(self) -> list[tuple[Any, Array]]:
+        states = []
+        for layer, _ in _walk(self.model, ()):
+            states += [generator.state for generator in getattr(layer, "_seed_generators", ())]
+            generator = getattr(getattr(layer, "_random_generator", None), "_generator", None)  # Keras 2
+            states += [generator.state] if hasattr(generator, "state") else []
+        return [(state, np.array(state.numpy())) for state in states]
+
+    def call(self, inputs: Any) -> Any:
+        """The model at inference on one batch, eagerly."""
+        return self.model(inputs, training=False)
+
+    def numpy(self, tensor: Any) -> Array:
+        """An eager tensor as a NumPy array, without a copy where it lies in this process's memory."""
+        if self.backend == "torch" and hasattr(tensor, "detach"):
+            tensor = tensor.detach().cpu()
+            if str(tensor.dtype) == "torch.bfloat16":
+                tensor = tensor.float()
+            array: Array = tensor.numpy()
+            return array
+        return np.asarray(tensor)
+
+    def tensor(self, array: Array) -> Any:
+        """A NumPy array as a tensor of the backend, same dtype."""
+        if self.backend == "tensorflow":
+            return sys.modules["tensorflow"].convert_to_tensor(array)
+        return self.keras.ops.convert_to_tensor(array)
+
+    def mask_of(self, tensor: Any) -> Any:
+        """The Keras mask that travels with a tensor, or None."""
+        if self.version == 3:
+            return self.keras.src.backend.get_keras_mask(tensor)
+        return getattr(tensor, "_keras_mask", None)
+
+    def set_mask(self, tensor: Any, mask: Any) -> Any:
+        """`tensor` with the mask attached."""
+        if self.version == 3:
+            self.keras.src.backend.set_keras_mask(tensor, mask)
+        else:
+            tensor._keras_mask = mask
+        return tensor
+
+    def values(self, norm: Norm, x: Any) -> Array:
+        """A layer's input as an array, channels on `norm.axis`.
+
+        Raises Stop with an error for a tensor without values (a compiled function) or of the wrong shape.
+        """
+        try:
+            array = self.numpy(x)
+            plain = array.dtype != object
+        except Exception:
+            plain = False
+        if not plain:
+            raise Stop(
+                InvalidValue(
+                    f"{printable(norm.name)}: is called inside a compiled function, where its input has no values;"
+                    " calibrate a model that runs eagerly"
+                )
+            )
+        if not -array.ndim <= norm.axis < array.ndim or array.shape[norm.axis] != norm.channels:
+            raise Stop(
+                InvalidValue(
+                    f"{printable(norm.name)}: expected {norm.channels} channels on axis {norm.axis}, got {array.shape}"
+                )
+            )
+        return array
+
+    def moments(self, norm: Norm, x: Any, mask: Any = None) -> Moments:
+        """Moments of a layer's input; with a mask (the shape of x without its last axis) of the unmasked part.
+
+        Raises Stop as `values` does, and InvalidValue naming the layer where the input is not finite.
+        """
+        array, axis = self.values(norm, x), norm.axis
+        if mask is not None:
+            masked = np.broadcast_to(self.numpy(mask).astype(bool), array.shape[:-1])
+            array, axis = _unmasked(array, axis % array.ndim, masked), -1
+        try:
+            return moments(array, axis)
+        except InvalidValue as error:
+            raise InvalidValue(f"{printable(norm.name)}: its input is not finite: {error}") from None
+
+
+def _unmasked(array: Array, axis: int, mask: Array) -> Array:
+    """The unmasked positions as rows (n, C). A mask has no last axis: Keras spreads it along that."""
+    if axis == array.ndim - 1:
+        rows: Array = array[mask]
+        return rows
+    spread = np.broadcast_to(mask[..., None], array.shape)
+    moved, chosen = np.moveaxis(array, axis, -1), np.moveaxis(spread, axis, -1)
+    counts = chosen.reshape(-1, chosen.shape[-1]).sum(axis=0)
+    if (counts != counts[0]).any():
+        raise Stop(
+            InvalidValue(
+                "a mask leaves some channels with fewer positions than others; only equal counts are supported"
+            )
+        )
+    flat = moved.reshape(-1, moved.shape[-1])
+    keep = chosen.reshape(-1, chosen.shape[-1])
+    return np.stack([flat[keep[:, c], c] for c in range(flat.shape[1])], axis=1)
+
+
+@contextlib.contextmanager
+def hooked(norms: Iterable[Norm], hook: Hook) -> Iterator[None]:
+    """While open, a call of one of these layers is hook(norm, the layer's own call, inputs, mask, args, kwargs).
+
+    The instance is given a `call` of its own for that time; its class, and every other instance, is untouched.
+    """
+    given: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for norm in norms:
+            space = norm.layer.__dict__
+            given.append((space, space.get("call")))
+            space["call"] = _interceptor(norm, norm.layer.call, hook)
+        yield
+    finally:
+        for space, old in given:
+            if old is None:
+                space.pop("call", None)
+            else:
+                space["call"] = old
+
+
+def _interceptor(norm: Norm, original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+    def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return hook(norm, original, inputs, kwargs.get("mask"), args, kwargs)
+
+    return call
+
+
+def _keras_of(model: Any) -> Any:
+    """The Keras module that a live model belongs to. Raises InvalidValue for anything else."""
+    packages = [base.__module__.split(".")[0] for base in type(model).__mro__]
+    for package in ("keras", "tf_keras"):
+        if package in packages and callable(model):
+            return sys.modules[package]
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise InvalidValue(f"expected a live Keras model, got a {printable(kind)}; for a file use calibrate_file")
+
+
+def _walk(layer: Any, path: tuple[str, ...], seen: set[int] | None = None) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Every layer below `layer` with its path of names, depth first in the model's own order, each once."""
+    seen = set() if seen is None else seen
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield layer, path or (str(getattr(layer, "name", "model")),)
+    children = getattr(layer, "layers", None)
+    tracked = layer._flatten_layers(include_self=False, recursive=False) if hasattr(layer, "_flatten_layers") else ()
+    ordered = list(children) if isinstance(children, list | tuple) else []
+    for child in (*ordered, *tracked):
+        yield from _walk(child, (*path, str(getattr(child, "name", "layer"))), seen)

@@ -1,0 +1,166 @@
+"""Activations between two rounds: in memory up to a stated budget, beyond it in files of a folder of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from bnport._lazy import np
+from bnport.errors import InvalidValue, OutputError, printable
+
+if TYPE_CHECKING:
+    from bnport.calibrate.models import LiveModel
+    from bnport.record import Array
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def memory_bytes(memory: str | float | None) -> int:
+    """'8GB' (10**9), '512MiB' (2**20), a number of bytes; None is half of the memory that is free now."""
+    if memory is None:
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        except (ValueError, OSError, AttributeError):
+            return 4 * 10**9
+    if not isinstance(memory, str):
+        size = float(memory)
+    else:
+        text = memory.strip().lower()
+        number = text.rstrip("kmgtib ")
+        unit = text[len(number) :].strip()
+        binary = unit.endswith("ib")
+        letter = unit.removesuffix("ib" if binary else "b")
+        try:
+            size = float(number) * (2 ** (10 * "kmgt".index(letter) + 10) if binary else _UNITS[letter])
+        except (ValueError, KeyError):
+            raise InvalidValue(
+                f"memory: expected a size such as '8GB' or '512MiB', got {printable(memory)!r}"
+            ) from None
+    if not 0 <= size < 2**63:
+        raise InvalidValue(f"memory: expected a size such as '8GB', got {printable(memory)!r}")
+    return int(size)
+
+
+class _Spilled:
+    """Where one tensor lies on disk, and how it becomes a tensor again."""
+
+    __slots__ = ("brain", "dtype", "mask", "nbytes", "path", "shape")
+
+    def __init__(self, path: str, array: Array, brain: bool, mask: Any) -> None:
+        self.path, self.dtype, self.shape, self.nbytes = path, array.dtype, array.shape, array.nbytes
+        self.brain, self.mask = brain, mask
+
+
+class Store:
+    """Values by (key, batch). Tensors stay what they are in memory, so that nothing is converted or copied there.
+
+    The newest value goes to disk when the budget is full: batches come round in turn, so the oldest is wanted first.
+    Counted are the stored tensors; the model itself and the work on one batch come on top.
+    """
+
+    def __init__(self, live: LiveModel, budget: int, folder: str | None = None) -> None:
+        self.live, self.budget = live, budget
+        self.resident = self.peak = self.on_disk = self.disk_peak = self.spilled = 0
+        self._values: dict[tuple[int, int], Any] = {}
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._parent, self._folder, self._count = folder, "", 0
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget everything and remove the folder."""
+        self._values.clear()
+        self._sizes.clear()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = ""
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        return key in self._values
+
+    def put(self, key: int, batch: int, value: Any) -> None:
+        """Keep `value`, a tensor or a structure of tensors and arrays."""
+        size = sum(_nbytes(leaf) for leaf in self.live.tree.flatten(value))
+        on_disk = 0
+        if self.resident + size > self.budget and size:
+            value = self.live.tree.map_structure(self._spill, value)
+            on_disk, size = size, 0
+        self._values[key, batch] = value
+        self._sizes[key, batch] = size, on_disk
+        self.resident += size
+        self.on_disk += on_disk
+        self.spilled += on_disk
+        self.peak, self.disk_peak = max(self.peak, self.resident), max(self.disk_peak, self.on_disk)
+
+    def get(self, key: int, batch: int) -> Any:
+        """The value, read back if it is on disk."""
+        value = self._values[key, batch]
+        return self.live.tree.map_structure(self._load, value) if self._sizes[key, batch][1] else value
+
+    def drop(self, key: int, batch: int) -> None:
+        """Forget one value, and its file."""
+        value = self._values.pop((key, batch), None)
+        size, on_disk = self._sizes.pop((key, batch), (0, 0))
+        self.resident -= size
+        self.on_disk -= on_disk
+        if on_disk:
+            for leaf in self.live.tree.flatten(value):
+                if isinstance(leaf, _Spilled):
+                    with contextlib.suppress(OSError):
+                        os.unlink(leaf.path)
+
+    def _spill(self, leaf: Any) -> Any:
+        if not _nbytes(leaf):
+            return leaf
+        mask = self.live.mask_of(leaf)  # small beside the activation: it stays in memory
+        brain = str(getattr(leaf, "dtype", "")) == "torch.bfloat16"
+        if brain:  # NumPy has no such dtype; its bits travel as 16-bit integers
+            leaf = leaf.view(sys.modules["torch"].int16)
+        array = np.ascontiguousarray(self.live.numpy(leaf))
+        try:
+            if not self._folder:
+                self._folder = tempfile.mkdtemp(prefix="bnport-activations-", dir=self._parent)
+            self._count += 1
+            path = os.path.join(self._folder, f"{self._count}")
+            with open(path, "xb") as file:
+                file.write(array.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            where = printable(self._folder or self._parent or tempfile.gettempdir())
+            raise OutputError(
+                f"activations beyond the memory budget do not fit into {where}: {error.strerror};"
+                " name a larger folder (spill), allow more memory, or use fewer samples"
+            ) from error
+        return _Spilled(path, array, brain, mask)
+
+    def _load(self, leaf: Any) -> Any:
+        if not isinstance(leaf, _Spilled):
+            return leaf
+        array = np.fromfile(leaf.path, np.uint8).view(leaf.dtype).reshape(leaf.shape)
+        if array.nbytes != leaf.nbytes:
+            raise OutputError(f"{printable(leaf.path)}: {leaf.nbytes} bytes were stored, {array.nbytes} are there")
+        tensor = self.live.tensor(array)
+        if leaf.brain:
+            tensor = tensor.view(sys.modules["torch"].bfloat16)
+        return tensor if leaf.mask is None else self.live.set_mask(tensor, leaf.mask)
+
+
+def _nbytes(leaf: Any) -> int:
+    """Bytes of a dense tensor or array; 0 for anything else, which then never goes to disk."""
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    if shape is None or dtype is None or getattr(dtype, "kind", "f") == "O":
+        return 0
+    try:
+        size = int(getattr(dtype, "itemsize", None) or dtype.size)
+        for length in shape:
+            size *= int(length)
+    except (TypeError, AttributeError):
+        return 0
+    return size
