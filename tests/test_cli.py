@@ -1,0 +1,215 @@
+"""The command line as a newcomer meets it: what it prints, its exit codes, wrong arguments, broken files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bnport import adapters
+from bnport.cli import commands, common, main, parser_of
+
+DIGITS = Path(__file__).parent.parent / "fixtures" / "digits"
+PTH, TWIN = str(DIGITS / "digits.pth"), str(DIGITS / "twin.keras")
+
+
+def test_every_command_has_help_with_examples(capsys):
+    for command in commands():
+        with pytest.raises(SystemExit) as done:
+            main([command, "--help"])
+        assert done.value.code == 0
+        assert "examples:" in capsys.readouterr().out, command
+
+
+def test_every_option_of_an_adapter_can_be_given_on_the_command_line():
+    offered = set(common.ADAPTER_OPTIONS) | set(common.ADAPTER_FLAGS)
+    taken = {option for name in adapters.names() for option in adapters.load(name).read.__kwdefaults__ or {}}
+    assert offered == taken
+
+
+def test_start_up_imports_neither_numpy_nor_a_framework():
+    code = (
+        "import sys, bnport.cli as c; c.parser_of('show');"
+        "bad = {'numpy', 'h5py', 'torch', 'tensorflow', 'keras', 'onnx', 'jax', 'dataclasses', 'zipfile', 'inspect'};"
+        "print(sorted(bad & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_listing_of_a_pth_imports_no_numpy():
+    code = f"import sys, bnport.cli as c; c.main(['show', {PTH!r}]); print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_listing_of_a_keras_file_without_values_imports_neither_numpy_nor_h5py():
+    code = f"import sys, bnport.cli as c; c.main(['show', '--no-values', {TWIN!r}]);"
+    code += "print(sorted({'numpy', 'h5py'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_show_gives_the_ranges_that_torch_sees(capsys):
+    assert main(["show", PTH, "--json"]) == 0
+    shown = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
+    state = torch.load(PTH, weights_only=True)
+    assert sorted(shown) == ["bn1", "bn2", "bn3"]
+    for name, layer in shown.items():
+        for field, key in (
+            ("gamma", "weight"),
+            ("beta", "bias"),
+            ("mean", "running_mean"),
+            ("variance", "running_var"),
+        ):
+            tensor = state[f"{name}.{key}"]
+            assert layer["ranges"][field] == [tensor.min().item(), tensor.max().item()]
+        assert layer["assumed"] == ["epsilon", "momentum"]
+
+
+def test_show_warns_of_untrained_dead_nan_and_tiny(tmp_path, capsys):
+    net = torch.nn.Sequential(*[torch.nn.BatchNorm1d(4) for _ in range(4)])
+    with torch.no_grad():
+        for bn in net[1:]:
+            bn.running_mean.fill_(0.5)
+            bn.num_batches_tracked.fill_(3)
+        net[1].weight[2] = 0
+        net[2].running_var[1] = float("nan")
+        net[3].running_var.fill_(1e-8)
+    path = tmp_path / "sick.pth"
+    torch.save(net.state_dict(), path)
+    assert main(["show", str(path), "--json"]) == 0
+    warnings = [" ".join(layer["warnings"]) for layer in json.loads(capsys.readouterr().out)["layers"]]
+    for words, warning in zip(
+        ("untrained", "1 of 4 channels are dead", "NaN", "far below epsilon"), warnings, strict=True
+    ):
+        assert words in warning
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "nowhere.pth"], "nowhere.pth: no such file"),
+        (["show", str(DIGITS)], "not a model file"),
+        (["show", str(DIGITS / "make.py")], "not a model file that bnport reads"),
+        (["show", "/dev/null"], "not a regular file"),
+        (["show", PTH, "--format", "nonsense"], "no format 'nonsense'"),
+        (["show", PTH, "--prototxt", "x"], "has no option prototxt"),
+        (["show", TWIN, "--epsilon", "1e-5"], "holds the epsilon"),
+        (["convert", PTH, TWIN], "name the file to make"),
+        (["convert", PTH, TWIN, "-o", TWIN], "is the input"),
+        (["convert", PTH, TWIN, "-o", "nowhere/out.keras"], "does not exist"),
+        (["convert", PTH, TWIN, "-o", "/tmp"], "not a regular file"),
+        (["convert", PTH, TWIN, "-o", "x.keras", "--only", "std"], "expected some of gamma, beta"),
+        (["verify", PTH, TWIN, "--map", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_a_wrong_call_is_one_line_that_says_why_and_exit_code_2(arguments, words, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_source_without_batchnorm_is_not_an_empty_success(tmp_path, capsys):
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.LayerNorm(4), torch.nn.InstanceNorm2d(4, affine=True))
+    path = tmp_path / "none.pth"
+    torch.save(net.state_dict(), path)
+    out = tmp_path / "out.keras"
+    for command in (["show", str(path)], ["convert", str(path), TWIN, "-o", str(out)], ["verify", str(path), TWIN]):
+        assert main(command) == 2
+        assert "no BatchNorm found" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_would(tmp_path, capsys):
+    out = tmp_path / "out.keras"
+    assert main(["convert", PTH, TWIN, "-o", str(out), "--dry-run"]) == 0
+    assert "nothing written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_some_fields_are_written_and_the_rest_is_the_targets(tmp_path):
+    out = tmp_path / "out.keras"
+    assert main(["convert", PTH, TWIN, "-o", str(out), "--only", "gamma,beta"]) == 0
+    state = torch.load(PTH, weights_only=True)
+    ported, twin = adapters.read(str(out)), adapters.read(TWIN)
+    for name in ("bn1", "bn2", "bn3"):
+        assert ported[name].record.gamma.tobytes() == state[f"{name}.weight"].numpy().tobytes()
+        assert ported[name].record.mean.tobytes() == twin[name].record.mean.tobytes()
+        assert ported[name].epsilon == twin[name].epsilon == 1e-3
+
+
+def test_momentum_is_ported_as_one_minus_torchs(tmp_path):
+    net = torch.nn.Sequential()
+    for name, width in (("bn1", 16), ("bn2", 32), ("bn3", 32)):
+        net.add_module(name, torch.nn.BatchNorm2d(width, momentum=0.3, eps=2e-5))
+        torch.nn.init.normal_(getattr(net, name).running_mean)
+    path, out = tmp_path / "module.pt", tmp_path / "out.keras"
+    torch.save(net, path)
+    assert main(["convert", str(path), TWIN, "-o", str(out), "--momentum", "port"]) == 0
+    layer = adapters.read(str(out))["bn1"]
+    assert layer.momentum == pytest.approx(0.7, abs=1e-15)
+    assert layer.epsilon == 2e-5
+
+
+def test_an_absorbed_epsilon_is_said_and_proved(tmp_path, capsys):
+    out = tmp_path / "out.weights.h5"
+    assert main(["convert", PTH, str(DIGITS / "twin.weights.h5"), "-o", str(out), "--target-epsilon", "1e-3"]) == 0
+    printed = capsys.readouterr().out
+    assert "absorbed into" in printed
+    assert "bounded" in printed
+
+
+def test_output_into_a_closed_pipe_is_no_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m bnport show {PTH} | true", shell=True, capture_output=True, text=True, env={**os.environ}
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_records_go_out_and_come_back(tmp_path, capsys):
+    records, out = tmp_path / "records.safetensors", tmp_path / "out.keras"
+    assert main(["convert", PTH, str(records)]) == 0
+    assert main(["convert", str(records), TWIN, "-o", str(out)]) == 0
+    assert main(["verify", PTH, str(out)]) == 0
+    assert "exact" in capsys.readouterr().out
+
+
+def test_formats_lists_every_adapter_and_prints_its_table(capsys):
+    assert main(["formats"]) == 0
+    listed = capsys.readouterr().out
+    for name in adapters.names():
+        assert name in listed
+        assert main(["formats", name]) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_an_unknown_command_lists_the_ones_there_are(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["port", "x"])
+    assert done.value.code == 2
+    assert "convert" in capsys.readouterr().err
+    assert parser_of().prog == "bnport"
+
+
+def test_damaged_files_are_one_line_each(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for original in sorted(DIGITS.glob("*.*")):
+        if original.suffix in (".py", ".npz"):
+            continue
+        data = original.read_bytes()
+        for number, damaged in enumerate((b"", data[:10], data[: len(data) // 2], rng.bytes(len(data)))):
+            path = tmp_path / f"{number}-{original.name}"
+            path.write_bytes(damaged)
+            assert main(["show", str(path)]) == 2, path.name
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert str(path) in error
