@@ -165,7 +165,7 @@ def test_exact_moments_merge_in_any_order_to_the_same_integers():
 def test_integers_too_large_for_exact_sums_are_taken_as_floats_and_refused_by_exact_moments():
     x = np.array([[2**40, 1], [2**41, 2], [3, 3]], np.int64)
     found = moments(x)
-    mean, m2 = rational(x[:, 0])
+    _, m2 = rational(x[:, 0])
     assert found.m2[0] == pytest.approx(float(m2), rel=1e-14)
     with pytest.raises(InvalidValue, match="exact up to"):
         exact_moments(x)
