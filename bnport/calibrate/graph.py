@@ -121,7 +121,7 @@ class _Builder:
     ) -> tuple[Key, ...]:
         live = self.live
 
-        def enter(values: list[Any]) -> Sequence[Any]:
+        def enter(values: list[Any]) -> Any:
             given = pack(values)
             if getattr(layer, "_convert_input_args", False):  # a Sequential converts as any layer does
                 given = live.tree.map_structure(lambda x: _converted(live, layer, x), given)

@@ -140,6 +140,21 @@ class LiveModel:
         """The model for a message."""
         return f"model {printable(getattr(self.model, 'name', type(self.model).__name__))!r}"
 
+    def inputs(self) -> dict[str, tuple[int | None, ...]] | None:
+        """The model's inputs by name, in its order, with their shapes (None: free); None where it has no symbolic inputs."""
+        tensors = getattr(self.model, "inputs", None)
+        if not tensors:
+            return None
+        struct = self.model.input if self.version == 3 else getattr(self.model, "_nested_inputs", None)
+        if isinstance(struct, dict):
+            names = sorted(struct) if self.version == 2 else list(struct)
+            if len(names) != len(tensors) or any(isinstance(value, dict | list | tuple) for value in struct.values()):
+                return None
+            tensors = [struct[name] for name in names]
+        else:
+            names = [x.name if self.version == 3 else x._keras_history.layer.name for x in tensors]
+        return {name: tuple(x.shape) for name, x in zip(names, tensors, strict=True)}
+
     # ---- running
 
     @contextlib.contextmanager
@@ -168,10 +183,10 @@ class LiveModel:
                     clear()
 
     def _random_state(self) -> list[tuple[Any, Array]]:
-        states = []
+        states: list[Any] = []
         for layer, _ in _walk(self.model, ()):
             states += [generator.state for generator in getattr(layer, "_seed_generators", ())]
-            generator = getattr(getattr(layer, "_random_generator", None), "_generator", None)  # Keras 2
+            generator: Any = getattr(getattr(layer, "_random_generator", None), "_generator", None)  # Keras 2
             states += [generator.state] if hasattr(generator, "state") else []
         return [(state, np.array(state.numpy())) for state in states]
 
