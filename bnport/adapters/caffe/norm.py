@@ -1,0 +1,378 @@
+"""The BatchNorm layers of a Caffe net: which blob is which, and what belongs together.
+
+Sources: BVLC/caffe src/caffe/layers/batch_norm_layer.cpp and scale_layer.cpp; NVIDIA/caffe src/caffe/net.cpp (the order
+of legacy DIGITS files); yjxiong/caffe python/bn_convert_style.py (1/std in files of December 2015 to April 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from bnport._lazy import np
+from bnport.adapters.caffe.wiring import Wiring
+from bnport.errors import FormatError, InvalidValue, Question, listed, printable
+from bnport.layer import Layer
+
+if TYPE_CHECKING:
+    from bnport.adapters.caffe.blob import Blob
+    from bnport.adapters.caffe.net import Net, Node
+    from bnport.record import Array
+
+EPSILON = 1e-5  # BatchNormParameter.eps and BNParameter.eps
+FRACTION = {"BatchNorm": 0.999, "BN": 0.9}  # moving_average_fraction; BNParameter.momentum: of the old value kept
+SEGNET_EPSILON = 1e-9  # var_eps_, written into SegNet's bn_layer.cpp; used while learning only
+CUDNN_EPSILON = 1e-5  # CUDNN_BN_MIN_EPSILON: NVIDIA's and PSPNet's layers use max(eps, this)
+
+STATS = ("variance", "inverse-std")
+BLOB_ORDERS = ("mean-first", "scale-first")
+
+
+class Choices(NamedTuple):
+    """What the user decided where files do not: the options of `read`, checked."""
+
+    stat: str | None = None
+    blob_order: str | None = None
+    allow_untrained: bool = False
+
+
+class Held(NamedTuple):
+    """One record of a net: its name, the nodes that it is made of, and the blob of each field.
+
+    fields: of gamma, beta, mean, variance, factor: the blob.
+    form:   "scaled" (mean and variance multiplied by factor), "plain", "inverse-std" or "affine" (no statistics).
+    """
+
+    name: str
+    node: Node
+    tail: tuple[Node, ...]
+    fields: dict[str, Blob]
+    form: str
+    channels: int
+
+
+def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], list[str]]:
+    """Every BatchNorm record of a net with its Layer, in file order, and notes on the whole."""
+    if not net.typed:
+        return _untyped(net, choices)
+    wiring = Wiring(net)
+    ends: dict[int, str | None] = {}
+    parts: list[tuple[int, tuple[int, ...], str, bool]] = []
+    for index, node in enumerate(net.nodes):
+        if node.type not in ("BatchNorm", "BN"):
+            continue
+        if not node.blob_count:
+            raise _missing(net, node)
+        own = node.type == "BN" or node.blob_count >= 4
+        tails: list[tuple[int, ...]] = [()] if own else wiring.tails(index)
+        ends[index] = node.name if len(tails) == 1 else None
+        for tail in tails:
+            name = node.name
+            if len(tails) > 1:
+                name = "+".join([node.name, *(net.nodes[i].name for i in tail)])
+                if tail:
+                    ends.setdefault(tail[0], None)
+                ends[tail[-1] if tail else index] = name
+            parts.append((index, tail, name, len(tails) > 1))
+    names = [name for _, _, name, _ in parts]
+    if len(set(names)) < len(names):
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(names) < 1000 else names
+        raise FormatError(f"{printable(net.path)}: several BatchNorm layers are called {listed(twice, 3)}")
+    inputs = wiring.reaching(ends)
+    found = []
+    for index, tail, name, shared in parts:
+        held = _held(net, wiring, index, tail, name, choices)
+        notes = (
+            [f"the output of {net.nodes[index].name!r} is read in several ways; this is one of them"] if shared else []
+        )
+        layer = _layer(net, held, choices, notes)
+        layer.kernel = wiring.kernel(index)
+        layer.inputs = None if inputs is None else inputs[index]
+        found.append((held, layer))
+    return found, _notes(net, len(found))
+
+
+# ---- which blob is which
+
+
+def _held(net: Net, wiring: Wiring, index: int, tail: tuple[int, ...], name: str, choices: Choices) -> Held:
+    node = net.nodes[index]
+    blobs = [node.blob(i) for i in range(min(node.blob_count, 6))]
+    roles, form = _bn_roles(net, node, blobs, choices) if node.type == "BN" else _roles(net, node, blobs, choices)
+    fields = dict(zip(roles, blobs, strict=True))
+    channels = fields["mean" if "mean" in fields else "gamma"].count
+    for field, blob in fields.items():
+        count = 1 if field == "factor" else channels
+        if blob.count != count or not blob.is_vector or not count:
+            raise net.error(
+                node, f"{field} (blob {roles.index(field)}) has shape {blob.shape}, {count} numbers expected"
+            )
+    nodes = tuple(net.nodes[i] for i in tail)
+    for position, after in zip(tail, nodes, strict=True):
+        wanted = (
+            ("beta",) if after.type == "Bias" else ("gamma", "beta") if after.settings.get("bias_term") else ("gamma",)
+        )
+        if not after.blob_count:
+            raise _missing(net, after)
+        if after.blob_count != len(wanted):
+            raise net.error(after, f"{after.blob_count} blobs, {len(wanted)} expected ({', '.join(wanted)})")
+        for i, field in enumerate(wanted):
+            fields[field] = _broadcastable(net, wiring, position, after.blob(i), field, channels)
+    return Held(name, node, nodes, fields, form, channels)
+
+
+def _roles(net: Net, node: Node, blobs: list[Blob], choices: Choices) -> tuple[tuple[str, ...], str]:
+    """The fields in blob order of a layer of type BatchNorm, by their number and sizes."""
+    count = len(blobs)
+    if count == 2:  # ncnn and OpenCV take them; no Caffe writes them
+        return ("mean", "variance"), "plain"
+    if count == 3:  # BVLC
+        return ("mean", "variance", "factor"), "scaled"
+    if count == 4:  # Intel with bias_term: false
+        return ("mean", "variance", "factor", "gamma"), "scaled"
+    if count == 5:
+        sizes = [blob.count for blob in blobs]
+        new, legacy = sizes[2] == 1, sizes[4] == 1
+        if new and legacy:
+            if choices.blob_order is None:
+                raise Question(
+                    f"{printable(net.path)}: layer {printable(node.name, 80)!r} has five blobs of one number each:"
+                    " mean, variance, factor, scale, bias (NVIDIA, Intel) or scale, bias, mean, variance, factor (legacy"
+                    " DIGITS)? Say which with blob_order=mean-first or blob_order=scale-first"
+                )
+            new = choices.blob_order == "mean-first"
+        if new:  # Intel divides by the factor, NVIDIA always writes 1
+            return ("mean", "variance", "factor", "gamma", "beta"), "scaled"
+        if legacy:
+            return ("gamma", "beta", "mean", "variance", "factor"), "scaled"
+        raise net.error(node, f"five blobs of {listed(sizes)} numbers; none of the third and the fifth is a single one")
+    raise net.error(node, f"{node.blob_count} blobs; a BatchNorm layer has 2 to 5")
+
+
+def _bn_roles(net: Net, node: Node, blobs: list[Blob], choices: Choices) -> tuple[tuple[str, ...], str]:
+    """The same for a layer of type BN, which several forks have."""
+    if len(blobs) == 4:  # yjxiong, PSPNet
+        form = "inverse-std" if choices.stat == "inverse-std" else "plain"
+        return ("gamma", "beta", "mean", "variance"), form
+    if len(blobs) != 2:
+        raise net.error(node, f"{node.blob_count} blobs; a BN layer has 4 (yjxiong, PSPNet) or 2 (SegNet)")
+    mode = node.settings.get("bn_mode", "LEARN")
+    if mode != "INFERENCE":
+        raise net.error(
+            node,
+            f"SegNet's BN in mode {printable(mode, 20)} holds scale and shift but no statistics: it normalises by each"
+            " batch. Compute them from data with bnport calibrate, or give the prototxt of the inference net (bn_mode:"
+            " INFERENCE) if the blobs are already folded",
+        )
+    return ("gamma", "beta"), "affine"
+
+
+def _broadcastable(net: Net, wiring: Wiring, index: int, blob: Blob, field: str, channels: int) -> Blob:
+    """A blob of a Scale or Bias layer that gives one number per channel, or one for all (num_axes: 0)."""
+    node = net.nodes[index]
+    axis, axes = node.settings.get("axis", 1), node.settings.get("num_axes", 1)
+    if axes == 0:
+        if blob.count == 1:
+            return blob
+    elif blob.count == channels and blob.is_vector:
+        if isinstance(axis, int) and axis < 0:
+            rank = wiring.rank(index)
+            if rank is None:
+                raise net.error(node, f"axis {axis} counts from the end, and nothing says how many axes its input has")
+            axis += rank
+        if axis == 1:
+            return blob
+        raise net.error(node, f"its {field} lies along axis {axis}; channels are axis 1")
+    raise net.error(
+        node,
+        f"its {field} has shape {blob.shape} (num_axes {axes}) after a BatchNorm of {channels} channels; one number for"
+        " each channel was expected, so it cannot be part of that BatchNorm",
+    )
+
+
+def _missing(net: Net, node: Node) -> FormatError:
+    if net.described and not node.has_blobs:
+        return FormatError(
+            f"{printable(net.prototxt)}: layer {printable(node.name, 80)!r} ({node.type}) is not in {printable(net.path)};"
+            " is it the prototxt of this net?"
+        )
+    return net.error(node, "holds no blobs: a net that was never initialised, or one that shares another layer's")
+
+
+# ---- the layer
+
+
+def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
+    node, fields = held.node, held.fields
+    assumed, stores = set(), set(fields) - {"factor"}
+    given = {"BatchNorm": "moving_average_fraction", "BN": "momentum"}
+    momentum = node.settings.get(given.get(node.type, ""))
+    epsilon = node.settings.get("eps")
+    certain = net.described  # proto2 leaves a default out, but what runs the net is a prototxt, and it decides
+    if momentum is None and not certain:
+        assumed.add("momentum")
+    if epsilon is None and not certain:
+        assumed.add("epsilon")
+    epsilon = EPSILON if epsilon is None else epsilon
+    if held.form == "affine":
+        epsilon, momentum = 0.0, None
+        assumed.clear()
+        notes.append("a folded affine (SegNet, bn_mode INFERENCE): its statistics are not recoverable")
+    elif held.form == "inverse-std":
+        epsilon = 0.0
+        assumed.discard("epsilon")
+        notes.append("stores 1/sqrt(variance + epsilon); read as that squared, with epsilon 0")
+    elif node.type == "BN" and choices.stat is None:
+        notes.append("variance assumed: BN files of Dec 2015 to Apr 2016 hold 1/std in its place (stat inverse-std)")
+    if held.form != "affine":
+        momentum = FRACTION.get(node.type, 0.999) if momentum is None else momentum
+        if not 0 <= float(momentum) <= 1:
+            raise net.error(node, f"{given[node.type]} is {momentum}; a fraction was expected")
+        if (node.type == "BN" or len(fields) == 5) and 0 < float(epsilon) < CUDNN_EPSILON and not held.tail:
+            notes.append(f"cuDNN builds of Caffe raise its epsilon {float(epsilon):g} to {CUDNN_EPSILON:g}")
+    if node.settings.get("use_global_stats") is False:
+        notes.append("use_global_stats: false: " + (
+            "Caffe would normalise by each batch, not by the stored statistics" if certain else "saved from a training net"
+        ))  # fmt: skip
+    broadcast = [f for f in ("gamma", "beta") if f in fields and fields[f].count != held.channels]
+    notes += [f"{field} is one number for all channels" for field in broadcast]
+    direct = {f: b.tensor for f, b in fields.items() if b.count == held.channels and _stored_as_is(held, f)}
+    try:
+        return Layer(
+            held.name,
+            channels=held.channels,
+            epsilon=float(epsilon),
+            momentum=None if momentum is None else float(momentum),
+            load=lambda: _load(net.path, held, choices),
+            stores=stores,
+            assumed=assumed,
+            dtype=_narrowest(held),
+            tensors=direct,
+            notes=notes,
+        )
+    except InvalidValue as error:
+        raise FormatError(f"{printable(net.path)}: {error}") from None
+
+
+def _stored_as_is(held: Held, field: str) -> bool:
+    if field in ("gamma", "beta"):
+        return True
+    return held.form == "plain" and field in ("mean", "variance")
+
+
+def _narrowest(held: Held) -> str:
+    """The dtype that every blob can hold: what a change must be rounded to before it is written."""
+    order = ("float16", "float32", "float64")
+    return min((blob.tensor.dtype for field, blob in held.fields.items() if field != "factor"), key=order.index)
+
+
+def _load(path: str, held: Held, choices: Choices) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    for field in ("gamma", "beta", "mean", "variance"):
+        if field in held.fields:
+            array = held.fields[field].tensor.array()
+            arrays[field] = array if array.size == held.channels else np.repeat(array, held.channels)
+    if held.form == "affine":
+        dtype = arrays["gamma"].dtype
+        arrays.update(mean=np.zeros(held.channels, dtype), variance=np.ones(held.channels, dtype))
+    elif held.form == "inverse-std":
+        arrays["variance"] = _from_inverse_std(path, arrays["variance"])
+    elif held.form == "scaled":
+        factor = float(held.fields["factor"].tensor.array()[0])
+        if not math.isfinite(factor) or factor < 0:
+            raise InvalidValue(f"scale factor {factor!r} in {printable(path)}; a finite number above 0 was expected")
+        if factor == 0 and not choices.allow_untrained:
+            raise InvalidValue(
+                f"scale factor 0 in {printable(path)}: the layer never saw data and holds no statistics."
+                " allow_untrained reads it as Caffe does, with mean and variance 0"
+            )
+        for field in ("mean", "variance"):
+            if factor == 0:
+                arrays[field] = np.zeros_like(arrays[field])
+            elif factor != 1:
+                arrays[field] = arrays[field].astype(np.float64) / factor
+    return arrays
+
+
+def _from_inverse_std(path: str, stored: Array) -> Array:
+    bad = ~(np.isfinite(stored) & (stored > 0))
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise InvalidValue(
+            f"1/std of channel {at} in {printable(path)} is {stored[at]!r}; a positive number was expected"
+        )
+    squared: Array = stored.astype(np.float64) ** -2.0
+    return squared
+
+
+# ---- the whole
+
+
+def _notes(net: Net, found: int) -> list[str]:
+    notes = []
+    if net.described:
+        known = {node.name for node in net.nodes}
+        ignored = [n.name for n in net.held if n.name not in known and (n.type in ("BatchNorm", "BN"))]
+        if ignored:
+            notes.append(f"not in the prototxt, so left out as Caffe does: BatchNorm {listed(ignored, 5)}")
+    odd = sorted({node.type for node in net.nodes if _looks_like_norm(node)})
+    if odd:
+        notes.append(f"layer types that are not read, though they may normalise: {listed(odd, 5)}")
+    if found:
+        return notes
+    kinds: dict[str, int] = {}
+    for node in net.nodes:
+        kinds[node.type] = kinds.get(node.type, 0) + bool(node.blob_count)
+    holds = listed([f"{count} {kind or 'untyped'}" for kind, count in kinds.items() if count], 6) or "no parameters"
+    if any(node.old for node in net.nodes):
+        notes.append(
+            f"layers in Caffe's V1 form (before 2015), which is older than its BatchNorm; it holds {holds}."
+            " If a fork put BN there, give its prototxt"
+        )
+    else:
+        scales = sum(node.type == "Scale" and len(node.bottoms) == 1 for node in net.nodes)
+        merged = "; the Scale layers may be BatchNorm merged by a tool, whose statistics are gone" if scales else ""
+        notes.append(f"no BatchNorm or BN layer; it holds {holds}{merged}")
+    return notes
+
+
+def _looks_like_norm(node: Node) -> bool:
+    kind = node.type.lower()
+    return node.blob_count > 1 and node.type not in ("BatchNorm", "BN") and ("batchnorm" in kind or kind.endswith("bn"))
+
+
+def _untyped(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], list[str]]:
+    """An HDF5 file on its own names no types and no connections: only what the blobs' shapes prove is read."""
+    found, vectors, bare = [], [], []
+    for node in net.nodes:
+        shapes = [node.blob(i).shape for i in range(min(node.blob_count, 6))]
+        counts = [math.prod(shape) for shape in shapes]
+        if shapes and len(shapes) < 3 and all(sum(n != 1 for n in shape) <= 1 for shape in shapes):
+            vectors.append((node, set(counts)))
+        if not _is_batch_norm(counts, shapes):
+            continue
+        node.type = "BatchNorm"
+        blobs = [node.blob(i) for i in range(len(shapes))]
+        roles, form = _roles(net, node, blobs, choices)
+        held = Held(node.name, node, (), dict(zip(roles, blobs, strict=True)), form, max(counts))
+        if "beta" not in held.fields:
+            bare.append(held)
+        found.append((held, _layer(net, held, choices, [])))
+    for held in bare:
+        near = [node.name for node, counts in vectors if counts == {held.channels} or counts == {1}]
+        if near:
+            raise Question(
+                f"{printable(net.path)}: which of {listed(near, 5)} is the Scale of {printable(held.name, 80)!r}, if any? An"
+                " HDF5 caffemodel holds no layer types and no connections; give the net's prototxt (prototxt=deploy.prototxt)"
+            )
+    return found, [] if found else [
+        "no layer has the blobs of a BatchNorm (an HDF5 file names no types; give its prototxt)"
+    ]
+
+
+def _is_batch_norm(counts: list[int], shapes: list[tuple[int, ...]]) -> bool:
+    """[C], [C], [1] and no other layer of Caffe looks so; with scale, and bias, after them or before them."""
+    if not 3 <= len(counts) <= 5 or 0 in counts or any(sum(n != 1 for n in shape) > 1 for shape in shapes):
+        return False
+    c = max(counts)
+    return counts in ([c, c, 1], [c, c, 1, c], [c, c, 1, c, c], [c, c, c, c, 1])
