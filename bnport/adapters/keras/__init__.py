@@ -1,0 +1,122 @@
+"""Keras: `.keras`, `.weights.h5`, legacy `.h5`, `.weights.json`; live models and layers of Keras 3 and tf_keras.
+
+    theirs                       ours                  note
+    gamma                        gamma                 absent with scale=False: ones
+    beta                         beta                  absent with center=False: zeros
+    moving_mean                  mean
+    moving_variance              variance              the variance, not its root, whatever older documentation says
+    running_std                  variance              Keras 1; holds the std in files of 1.0.5 and older: --stat
+    epsilon                      epsilon               default 1e-3; .keras and full .h5 hold it, weights files do not
+    momentum                     momentum              the fraction of the old value kept; default 0.99
+    moving_stddev, renorm_mean,  (kept consistent)     with renorm=True; inference uses only the first four
+    renorm_stddev
+
+A layer is called what a user of Keras calls it: its name, or outer/inner for one inside another model or wrapper; in a
+`.weights.h5` by the names that Keras >= 3.6 stores, else by its path in the file.
+
+The numbers lie in HDF5 as `<path>/vars/0..3` (gamma, beta, mean, variance, less those that are absent), in legacy files
+as `<layer>/<weight name>`, there matched by name: the order changes when a layer is frozen. Three arrays in a
+`.weights.h5` do not say whether gamma or beta is missing: --absent gamma or --absent beta does. `running_std` in a file
+without keras_version does not say whether it is a variance (Keras >= 1.0.6, TensorFlow) or a std: --stat variance or
+--stat std does; --stat root is for 1.0.7 on Theano, which divided by sqrt(variance) + epsilon.
+
+Not read: multi-axis layers, mode 1 and 2 of Keras 1 (no fixed function), npz weights (a pickle).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bnport.adapters.keras.entry import Contents
+    from bnport.layer import Change, Layers
+
+SUFFIXES = (".keras", ".h5", ".hdf5", ".json")
+PACKAGES = ("keras", "tf_keras")
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+def recognise(head: bytes, path: str) -> bool:
+    """A zip with a Keras config, HDF5 (also behind a user block), or a list of weight shards."""
+    name = path.lower()
+    if head.startswith(b"PK\x03\x04"):
+        return name.endswith(".keras") or _first_member(head) in (b"metadata.json", b"config.json", b"model.weights.h5")
+    if any(head.startswith(_SIGNATURE, at) for at in (0, 512, 1024, 2048)):
+        return not name.endswith((".caffemodel.h5", ".mat"))
+    return name.endswith(".weights.json") and b'"weight_map"' in head
+
+
+def _first_member(head: bytes) -> bytes:
+    return head[30 : 30 + int.from_bytes(head[26:28], "little")]
+
+
+def read(source: Any, *, absent: str | None = None, stat: str | None = None) -> Layers:
+    """The BatchNormalization layers of a file, a live model or a single live layer.
+
+    `absent`: "gamma" or "beta", for layers of a `.weights.h5` with three arrays. `stat`: "variance", "std" or "root",
+    what `running_std` holds in a Keras 1 file that does not say. Raises FormatError for what is not understood,
+    Question where one of the options is needed.
+    """
+    if isinstance(source, str):
+        return contents(source, absent=absent, stat=stat).layers()
+    from bnport.adapters.keras import live
+
+    return live.read(source)
+
+
+def contents(path: str, *, absent: str | None = None, stat: str | None = None) -> Contents:
+    """What a file holds, for reading and for writing."""
+    from bnport.containers.files import ReadFile
+
+    file = ReadFile(path)
+    if file.size >= 4 and file.pread(0, 4) == b"PK\x03\x04":
+        from bnport.adapters.keras import archive
+
+        return archive.read(file, absent)
+    from bnport.adapters.keras import files
+
+    return files.read(file, absent, stat)
+
+
+def write(
+    target: str, changes: Mapping[str, Change], out: str, *, absent: str | None = None, stat: str | None = None
+) -> None:
+    """Make, at the new path `out`, a copy of the file `target` with the changes; all else stays byte for byte.
+
+    The arrays are overwritten where they lie. A `.keras` gets epsilon and momentum into its config.json, a full legacy
+    `.h5` into its model_config.
+    """
+    from bnport.adapters.keras import writing
+
+    writing.write(contents(target, absent=absent, stat=stat), changes, out)
+
+
+def apply(model: Any, changes: Mapping[str, Change]) -> None:
+    """Write the changes into a live model or layer: all, or on any error none.
+
+    An epsilon is set on the layer, and the functions that Keras has compiled are dropped on `model` and on every model
+    that is known to hold the layer, so that predict, evaluate and fit use it.
+    """
+    from bnport.adapters.keras import live
+
+    live.apply(model, changes)
+
+
+def run(source: Any, layer: str, x: Any) -> dict[str, Any]:
+    """x of shape (N, C) through one real Keras layer at inference: {"model(x)": y, "predict": y}.
+
+    Of a live model it is the layer itself that is called, directly and inside a one-layer model's predict. Of a file it
+    is a BatchNormalization that Keras builds from the layer's config in the file, with the arrays of the file loaded by
+    the layer's own `load_own_variables`. Raises MissingDependency without Keras.
+    """
+    return run_all(source, {layer: x})[layer]
+
+
+def run_all(source: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`run` for many layers (name -> x) with one model that is traced once."""
+    from bnport.adapters.keras import running
+
+    return running.run_all(source, inputs)

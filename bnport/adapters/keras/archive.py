@@ -1,0 +1,123 @@
+"""The `.keras` file: a zip of metadata.json, config.json and model.weights.h5. The list comes from config.json alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bnport.adapters.keras import config
+from bnport.adapters.keras.entry import Contents, Entry
+from bnport.containers.zip import STORED, Archive
+from bnport.errors import FormatError, NotFound, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bnport.adapters.keras.weights import Found, Store
+    from bnport.containers.files import ReadFile
+    from bnport.containers.hdf5 import H5, H5Tensor
+
+CONFIG, WEIGHTS, SHARDS = "config.json", "model.weights.h5", "model.weights.json"
+WEIGHTS_LIMIT = 256 << 20  # of a compressed weights member, which has to be unpacked whole
+CRC_LIMIT = 16 << 20  # weights up to this size have their CRC checked: it takes less time than opening them
+
+
+def read(file: ReadFile, absent: str | None) -> Contents:
+    """The contents of a `.keras` file."""
+    shown = printable(file.path)
+    archive = Archive(file)
+    if CONFIG not in archive:
+        raise FormatError(f"{shown}: no {CONFIG} in the archive; it is not a .keras file")
+    text = archive.read(CONFIG, config.CONFIG_LIMIT)
+    root = config.tree(config.parse(text, f"{shown}: {CONFIG}"), f"{shown}: {CONFIG}")
+    store = _store(archive, shown)
+    nodes = [node for node in root.walk() if node.is_batchnorm]
+    entries = [_entry(node, store, shown) for node in nodes]
+    if any(node.custom for node in root.walk()) and WEIGHTS in archive:
+        entries += _hidden(entries, store, shown, absent)
+    contents = Contents(file.path, "keras", entries, holds_epsilon=True)
+    contents.extra = {"archive": archive, "text": text, "root": root, "store": store}
+    return contents
+
+
+def _store(archive: Archive, shown: str) -> Store:
+    from bnport.adapters.keras.weights import Store
+
+    def opened() -> H5:
+        from bnport.containers.hdf5 import H5
+
+        if WEIGHTS not in archive:
+            others = [name for name in archive.members if "weights" in name]
+            why = "its weights are in shards or npz, which are not read" if others else "it holds no weights"
+            raise NotFound(f"{shown}: no {WEIGHTS} in the archive; {why}")
+        member = archive.member(WEIGHTS)
+        if member.method == STORED:
+            if member.size <= CRC_LIMIT:
+                archive.check_crc(WEIGHTS)
+            start, size = archive.window(WEIGHTS)
+            return H5(archive.file, start, size)
+        return H5(Memory(archive.read(WEIGHTS, WEIGHTS_LIMIT), archive.file.path))  # type: ignore[arg-type]
+
+    return Store(opened)
+
+
+class Memory:
+    """Bytes that read like a ReadFile."""
+
+    def __init__(self, data: bytes, path: str) -> None:
+        self.data, self.path, self.size = data, path, len(data)
+
+    def pread(self, offset: int, length: int, what: str = "data") -> bytes:
+        """As ReadFile.pread."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise FormatError(f"{printable(self.path)}: {printable(what)} should be {length} bytes at {offset}")
+        return self.data[offset : offset + length]
+
+
+def _entry(node: config.Node, store: Store, shown: str) -> Entry:
+    settings = config.settings(node, shown)
+    where = f"{shown}: {printable(node.path) or printable(node.name)}"
+    if settings.mode:
+        raise FormatError(f"{where}: mode {settings.mode} of Keras 1 normalises by each batch; it is no fixed function")
+    return Entry(
+        node.path or node.name, where, _fetcher(node.storage, store, settings, where),
+        epsilon=settings.epsilon, momentum=settings.momentum, scale=settings.scale, center=settings.center,
+        channels=settings.channels, dtype=settings.dtype, node=node, notes=settings.notes,
+    )  # fmt: skip
+
+
+def _fetcher(storage: str, store: Store, settings: config.Settings, where: str) -> Callable[[], dict[str, H5Tensor]]:
+    def fetch() -> dict[str, H5Tensor]:
+        from bnport.adapters.keras.weights import arrays, named, order
+
+        group = store.variables(storage)
+        if group is None:
+            raise FormatError(
+                f"{where}: the weights hold nothing at {printable(storage)}; was the model saved unbuilt?"
+            )
+        fields = order(scale=settings.scale, center=settings.center, renorm=settings.renorm)
+        tensors = named(arrays(group), fields, where)
+        if settings.channels not in (None, tensors["mean"].shape[0]):
+            raise FormatError(
+                f"{where}: {settings.channels} channels by the config, {tensors['mean'].shape[0]} in the weights"
+            )
+        return tensors
+
+    return fetch
+
+
+def _hidden(known: list[Entry], store: Store, shown: str, absent: str | None) -> list[Entry]:
+    """The layers inside custom layers and models, whose configs need not mention them: found by their arrays."""
+    from bnport.adapters.keras.weights import scan
+
+    paths = {store.h5.root.path} | {f"{entry.node.storage}/vars" for entry in known if entry.node is not None}
+    listed_ = {group.path for entry in known if entry.node and (group := store.variables(entry.node.storage))}
+    found, _ = scan(store, shown, absent, skip={p.replace("\\", "/") for p in paths | listed_})
+    return [_hidden_entry(each, shown) for each in found]
+
+
+def _hidden_entry(found: Found, shown: str) -> Entry:
+    note = "lies inside a custom layer, whose config does not say its epsilon"
+    tensors: dict[str, Any] = found.tensors
+    return Entry(
+        found.name, f"{shown}: {printable(found.name)}", lambda: tensors, epsilon=None, notes=(*found.notes, note)
+    )

@@ -1,0 +1,340 @@
+"""A Keras model's config (JSON) as a tree of layers: names, BatchNormalization settings, and where the weights lie.
+
+Nothing of it is ever looked up or called: custom classes and Lambda layers are names here, nothing more.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bnport.errors import FormatError, InvalidValue, printable
+from bnport.record import checked_epsilon
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import NoReturn
+
+CONFIG_LIMIT = 64 << 20  # bytes of a config.json
+VALUES_LIMIT = 3_000_000  # values in it: each costs up to 100 bytes once parsed
+DEPTH_LIMIT = 64  # models within models
+EPSILON, MOMENTUM = 1e-3, 0.99  # BatchNormalization's defaults, Keras 1.2 to 3
+
+_BATCHNORM = {"BatchNormalization", "BatchNormalizationV1", "BatchNormalizationV2", "SyncBatchNormalization"}
+_LIKE_BATCHNORM = {"axis", "momentum", "epsilon", "center", "scale", "moving_mean_initializer"}  # a subclass's config
+_WORD_START = re.compile(r"(?<=.)(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])")
+_PACKAGES = {"keras", "tf_keras", "tensorflow"}
+_MODELS = {"Functional", "Sequential", "Model"}
+
+
+class Real(float):
+    """A number of a JSON text that remembers the how-many-eth it is, so that it can be replaced where it stands."""
+
+    __slots__ = ("at",)
+    at: int
+
+
+class Whole(int):
+    """As Real, for a number written without a fraction or an exponent."""
+
+    at: int
+
+
+def parse(text: bytes | str, where: str, *, positions: bool = False) -> Any:
+    """The JSON value of `text`. Duplicate keys, too many values and too deep nesting are refused, naming `where`.
+
+    With `positions`, numbers are Real and Whole.
+    """
+    import json
+
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    if len(text) > CONFIG_LIMIT or text.count(",") + text.count("[") + text.count("{") > VALUES_LIMIT:
+        raise FormatError(f"{where}: {len(text)} characters of JSON are more than is read")
+    count = 0
+
+    def numbered(kind: type) -> Any:
+        def make(digits: str) -> Any:
+            nonlocal count
+            if len(digits) > 400:
+                raise FormatError(f"{where}: a number of {len(digits)} digits")
+            value = kind(digits)
+            value.at, count = count, count + 1
+            return value
+
+        return make
+
+    hooks = {"parse_float": numbered(Real), "parse_int": numbered(Whole)} if positions else {"parse_int": _integer}
+    try:
+        return json.loads(text, object_pairs_hook=_unique, **hooks)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    except RecursionError:
+        raise FormatError(f"{where}: JSON nested too deep") from None
+    except ValueError as error:
+        raise FormatError(f"{where}: not JSON ({printable(error, 120)})") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 400:  # int() of a million digits takes minutes
+        raise FormatError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FormatError(f"the key {printable(twice)!r} occurs twice in one JSON object")
+    return value
+
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)')
+
+
+def replaced(text: str, numbers: dict[int, float]) -> str:
+    """`text` with the numbers at these positions (Real.at) written anew and every other character kept."""
+    parts, done, count = [], 0, 0
+    for token in _TOKEN.finditer(text):
+        if token[1] is None:
+            continue
+        if count in numbers:
+            parts += [text[done : token.start()], repr(float(numbers[count]))]
+            done = token.end()
+        count += 1
+    return "".join([*parts, text[done:]])
+
+
+class Settings(NamedTuple):
+    """What a BatchNormalization config says, checked. epsilon, momentum, channels, dtype: None where it does not say."""
+
+    epsilon: float | None
+    momentum: float | None
+    scale: bool
+    center: bool
+    renorm: bool
+    channels: int | None
+    dtype: str | None
+    notes: tuple[str, ...]
+    mode: int
+
+
+class Node:
+    """One layer of a config: a model, a BatchNormalization, anything.
+
+    name: its own; path: its names from the outermost model's child down; storage: its path in the weights file of
+    Keras >= 2.15; inbound: the calls as they are in the config.
+    """
+
+    __slots__ = (
+        "build",
+        "children",
+        "class_name",
+        "config",
+        "custom",
+        "inbound",
+        "is_model",
+        "name",
+        "parent",
+        "storage",
+    )
+
+    def __init__(self, entry: dict[str, Any], parent: Node | None, storage: str, where: str) -> None:
+        self.class_name = entry["class_name"]
+        config = entry["config"]
+        if self.class_name == "Sequential" and isinstance(config, list):  # Keras <= 2.2.2
+            config = {"name": entry.get("name", "sequential"), "layers": config}
+        if not isinstance(config, dict) or not isinstance(self.class_name, str):
+            raise FormatError(f"{where}: a layer's config is not an object")
+        self.config = config
+        self.parent, self.storage = parent, storage
+        name = config.get("name", entry.get("name"))
+        self.name: str = name if isinstance(name, str) and name else snake(self.class_name)
+        self.build = entry.get("build_config")
+        self.inbound = entry.get("inbound_nodes")
+        module = entry.get("module")
+        self.custom = ">" in self.class_name or (module is None and "module" in entry)
+        if isinstance(module, str):
+            self.custom = module.split(".")[0] not in _PACKAGES
+        self.is_model = isinstance(config.get("layers"), list) and (
+            self.class_name in _MODELS or "input_layers" in config or "build_input_shape" in config
+        )
+        self.children: list[Node] = []
+
+    @property
+    def path(self) -> str:
+        """`outer/inner/name`, without the outermost model."""
+        names: list[str] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            names.append(node.name)
+            node = node.parent
+        return "/".join(reversed(names))
+
+    @property
+    def is_batchnorm(self) -> bool:
+        """Whether this is a BatchNormalization or, by its config, a subclass of it."""
+        short = self.class_name.rsplit(">", 1)[-1]
+        return short in _BATCHNORM or self.config.keys() >= _LIKE_BATCHNORM
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below, in the model's order."""
+        waiting = [self]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting.extend(reversed(node.children))
+
+
+def tree(value: Any, where: str) -> Node:
+    """The tree of a whole model's config. Raises FormatError where it is not one."""
+    if not _is_layer(value):
+        raise FormatError(f"{where}: not the config of a Keras model (no class_name and config)")
+    root = Node(value, None, "", where)
+    waiting = [(root, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        if depth > DEPTH_LIMIT:
+            raise FormatError(f"{where}: layers nested more than {DEPTH_LIMIT} deep")
+        if node.is_batchnorm and node.parent is not None:
+            continue
+        node.children = _children(node, where)
+        waiting.extend((child, depth + 1) for child in node.children)
+    return root
+
+
+def _children(node: Node, where: str) -> list[Node]:
+    prefix = f"{node.storage}/" if node.storage else ""
+    if node.is_model:
+        names: set[str] = set()
+        entries = node.config["layers"]
+        for entry in entries:
+            if not _is_layer(entry):
+                raise FormatError(
+                    f"{where}: layers of {printable(node.name)!r}: an entry without class_name and config"
+                )
+        children = _numbered(node, entries, f"{prefix}layers", where)
+        for child in children:
+            if child.name in names:
+                raise FormatError(f"{where}: two layers are named {printable(child.path)!r}")
+            names.add(child.name)
+        return children
+    children = []  # a wrapper's layer, a custom layer's parts: kept under the attribute's name, as the config usually is
+    for key, value in node.config.items():
+        if _is_layer(value) and "name" in (value["config"] if isinstance(value["config"], dict) else ()):
+            children.append(Node(value, node, f"{prefix}{key}", where))
+        elif isinstance(value, list) and value and all(_is_layer(v) for v in value):
+            children += _numbered(node, value, f"{prefix}{key}", where)
+    return children
+
+
+def _numbered(parent: Node, entries: list[dict[str, Any]], folder: str, where: str) -> list[Node]:
+    """The nodes of a list, kept under the class name in snake case and a number from the second of a class on."""
+    used: dict[str, int] = {}
+    nodes = []
+    for entry in entries:
+        node = Node(entry, parent, "", where)
+        if entry.get("module") != "keras.src.ops" and not str(entry.get("module")).startswith("keras.src.ops."):
+            base = snake(node.class_name.rsplit(">", 1)[-1])
+            used[base] = used.get(base, -1) + 1
+            node.storage = f"{folder}/{base}_{used[base]}" if used[base] else f"{folder}/{base}"
+        nodes.append(node)
+    return nodes
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("class_name"), str) and "config" in value
+
+
+def snake(name: str) -> str:
+    """The class name as Keras writes it in a weights file: BatchNormalization -> batch_normalization."""
+    return _WORD_START.sub("_", re.sub(r"\W", "", name)).lower()
+
+
+def settings(node: Node, where: str) -> Settings:
+    """The checked settings of a BatchNormalization node. Raises FormatError naming the layer."""
+    config = node.config
+    where = f"{where}: {printable(node.path)}"
+    epsilon = momentum = None
+    if "epsilon" in config:
+        try:
+            epsilon = checked_epsilon(_plain(config["epsilon"]))
+        except InvalidValue as error:
+            raise FormatError(f"{where}: {error}") from None
+    if config.get("momentum") is not None:
+        momentum = _plain(config["momentum"])
+        if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not -1e9 < momentum < 1e9:
+            _refuse(where, "momentum", "a number", momentum)
+        momentum = float(momentum)
+    flags = {
+        name: config.get(name, default) for name, default in (("scale", True), ("center", True), ("renorm", False))
+    }
+    for name, value in flags.items():
+        if value is None and name == "renorm":
+            flags[name] = False
+        elif not isinstance(value, bool):
+            _refuse(where, name, "true or false", value)
+    mode = config.get("mode", 0)  # Keras 1
+    if mode not in (0, 1, 2):
+        _refuse(where, "mode", "0, 1 or 2", mode)
+    notes = []
+    short = node.class_name.rsplit(">", 1)[-1]
+    if short not in _BATCHNORM:
+        notes.append(
+            f"{printable(short, 60)} is a subclass of BatchNormalization, by its config; its own call is not known"
+        )
+    return Settings(
+        epsilon, momentum, flags["scale"], flags["center"], flags["renorm"], _channels(node, where), _dtype(config),
+        tuple(notes), mode,
+    )  # fmt: skip
+
+
+def axis(node: Node, where: str) -> int:
+    """The one axis that is normalised. Raises FormatError for several, or for anything else."""
+    value = node.config.get("axis", -1)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
+        raise FormatError(
+            f"{where}: normalises several axes ({str(value)[:60]}); no single BatchNorm over channels does the same"
+        )
+    if isinstance(value, bool) or not isinstance(value, int) or not -32 <= value < 32:
+        _refuse(where, "axis", "an integer", value)
+    return int(value)
+
+
+def _channels(node: Node, where: str) -> int | None:
+    """C by the shape that the layer was built for, if the config says."""
+    at = axis(node, where)
+    shape = node.build.get("input_shape") if isinstance(node.build, dict) else None
+    if not isinstance(shape, list) or not -len(shape) <= at < len(shape):
+        return None
+    channels = shape[at]
+    if isinstance(channels, bool) or not isinstance(channels, int) or not 0 < channels < 1 << 40:
+        return None
+    return int(channels)
+
+
+def _dtype(config: dict[str, Any]) -> str | None:
+    """float32 where that is certain (mixed policies keep float32 variables), else None: only the arrays tell.
+
+    Keras 3 stores the variables of a float16 layer in 16 bits, tf_keras stores float32.
+    """
+    value = config.get("dtype")
+    if isinstance(value, dict):
+        value = value.get("config")
+        value = value.get("name") if isinstance(value, dict) else ""
+    return "float32" if value in (None, "float32", "mixed_float16", "mixed_bfloat16") else None
+
+
+def _plain(value: Any) -> Any:
+    """A Real or Whole as the plain number that it is."""
+    return float(value) if isinstance(value, Real) else int(value) if isinstance(value, Whole) else value
+
+
+def _refuse(where: str, name: str, expected: str, value: Any) -> NoReturn:
+    raise FormatError(f"{where}: {name}: expected {expected}, got {printable(repr(value)[:80])}")

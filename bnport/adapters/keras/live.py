@@ -1,0 +1,289 @@
+"""Live Keras models and layers (Keras 3 on any backend, tf_keras): read, and written all or none."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from typing import TYPE_CHECKING, Any
+
+from bnport._lazy import np
+from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
+from bnport.layer import Layer, Layers
+from bnport.record import FIELDS, UNIT_ROUNDOFF
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from bnport.layer import Change
+    from bnport.record import Array, BatchNorm
+
+_ATTRIBUTE = {"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "variance": "moving_variance"}
+_BATCHNORM = {"BatchNormalization", "BatchNormalizationBase", "BatchNormalizationV1", "BatchNormalizationV2"}
+_PACKAGES = {"keras", "tf_keras"}
+_FUNCTIONS = ("train_function", "test_function", "predict_function", "train_tf_function")
+
+
+def is_batchnorm(layer: Any) -> bool:
+    """Whether it is Keras' BatchNormalization or derived from it."""
+    return any(b.__name__ in _BATCHNORM and b.__module__.split(".")[0] in _PACKAGES for b in type(layer).__mro__)
+
+
+def find(model: Any) -> dict[str, Any]:
+    """The BatchNormalization layers of a model (or the layer itself) by name, outer/inner, each once.
+
+    Raises FormatError if two of them cannot be told apart by name.
+    """
+    if is_batchnorm(model):
+        return {model.name: model}
+    if not hasattr(model, "_flatten_layers"):
+        raise NotFound(f"a {printable(type(model).__name__)} is no Keras model or layer")
+    found: dict[str, Any] = {}
+    seen = {id(model)}
+    waiting = [(model, "")]
+    while waiting:
+        holder, prefix = waiting.pop()
+        if is_batchnorm(holder):
+            name = prefix
+            if name in found:
+                name = _by_attribute(model, holder) or name
+            if name in found:
+                raise FormatError(f"two BatchNormalization layers are both named {printable(name)!r}; rename one")
+            found[name] = holder
+            continue
+        children = [child for child in _children(holder) if id(child) not in seen]
+        seen |= {id(child) for child in children}
+        for child in reversed(children):
+            waiting.append((child, f"{prefix}/{child.name}" if prefix else str(child.name)))
+    return found
+
+
+def _children(holder: Any) -> list[Any]:
+    return list(holder._flatten_layers(include_self=False, recursive=False))
+
+
+def _by_attribute(model: Any, layer: Any) -> str | None:
+    """The attribute path of a layer, for subclassed models that give two layers one name."""
+    waiting, seen = [(model, "")], {id(model)}
+    while waiting:
+        holder, prefix = waiting.pop()
+        for key, value in list(vars(holder).items()):
+            if value is layer:
+                return f"{prefix}{key}"
+        for child in _children(holder):
+            if id(child) not in seen:
+                seen.add(id(child))
+                key = next((k for k, v in list(vars(holder).items()) if v is child), child.name)
+                waiting.append((child, f"{prefix}{key}/"))
+    return None
+
+
+def read(source: Any) -> Layers:
+    """The layers of a live model or of one live layer, with the numbers that they have when they are asked for."""
+    found = find(source)
+    unbuilt = [name for name, layer in found.items() if getattr(layer, "moving_mean", None) is None]
+    if unbuilt:
+        raise InvalidValue(
+            f"{listed(unbuilt, 4)}: not built yet, so there are no numbers: call the model once on data, or"
+            " layer.build(input_shape), first"
+        )
+    layers = Layers(
+        (_layer(name, layer) for name, layer in found.items()),
+        source=f"the live {type(source).__name__} {printable(getattr(source, 'name', ''))!r}",
+        format="keras",
+    )
+    from bnport.adapters.keras import graph
+
+    return graph.with_live_evidence(source, layers, found)
+
+
+def one_axis(layer: Any, name: str) -> int:
+    """The axis that the layer normalises; FormatError for several."""
+    axis = layer.axis
+    if isinstance(axis, int):
+        return axis
+    if len(axis) != 1:
+        raise FormatError(
+            f"{printable(name)}: normalises several axes ({list(axis)}); no single BatchNorm over channels does the same"
+        )
+    return int(axis[0])
+
+
+def _layer(name: str, layer: Any) -> Layer:
+    one_axis(layer, name)
+    notes = []
+    stores = {"mean", "variance", "epsilon", "momentum"}
+    for field, flag in (("gamma", "scale"), ("beta", "center")):
+        there = getattr(layer, _ATTRIBUTE[field], None) is not None
+        if there and getattr(layer, flag):
+            stores.add(field)
+        elif there:
+            notes.append(f"{flag} was set to False after the layer was built: its {field} is there and not used")
+    variable = layer.moving_mean
+    for base in type(layer).__mro__:
+        if base.__module__.split(".")[0] in _PACKAGES:
+            break
+        if "call" in vars(base):
+            notes.append(f"{base.__name__} defines its own call(); what it computes is not known")
+
+    def load() -> dict[str, Array]:
+        return {field: numbers(getattr(layer, _ATTRIBUTE[field])) for field in FIELDS if field in stores}
+
+    return Layer(
+        name, channels=int(variable.shape[0]), epsilon=layer.epsilon, load=load, momentum=float(layer.momentum),
+        stores=stores, dtype=dtype_of(variable), notes=notes,
+    )  # fmt: skip
+
+
+def numbers(variable: Any) -> Array:
+    """A variable's values as they are now, as a numpy array of its own dtype."""
+    array: Array = np.asarray(variable.numpy())
+    return array
+
+
+def dtype_of(variable: Any) -> str:
+    """How the variable stores its numbers: a key of UNIT_ROUNDOFF."""
+    name = getattr(variable.dtype, "name", None) or str(variable.dtype)
+    name = name.rsplit(".", 1)[-1]
+    if name not in UNIT_ROUNDOFF:
+        raise FormatError(f"variables of dtype {printable(name)} are not understood")
+    return name
+
+
+def apply(model: Any, changes: Mapping[str, Change]) -> None:
+    """Write the changes into the live layers: all, or on any error none."""
+    found = find(model)
+    steps: list[tuple[Any, Array]] = []
+    settings: list[tuple[Any, str, float]] = []
+    for name, change in changes.items():
+        if name not in found:
+            raise NotFound(f"no BatchNormalization layer {printable(name)!r} in the model; there are {listed(found, 5)}")
+        _plan(name, found[name], change, steps, settings)
+    undo: list[Callable[[], None]] = []
+    try:
+        for variable, array in steps:
+            old = numbers(variable).copy()
+            undo.append(lambda variable=variable, old=old: variable.assign(old))  # type: ignore[misc]
+            _assign(variable, array)
+        for layer, attribute, value in settings:
+            old_value = getattr(layer, attribute)
+            undo.append(lambda layer=layer, a=attribute, v=old_value: setattr(layer, a, v))  # type: ignore[misc]
+            setattr(layer, attribute, value)
+        if settings:
+            forget_compiled(model, [layer for layer, _, _ in settings])
+    except BaseException:
+        for step in reversed(undo):
+            with contextlib.suppress(Exception):
+                step()
+        raise
+
+
+def _plan(
+    name: str, layer: Any, change: Change, steps: list[tuple[Any, Array]], settings: list[tuple[Any, str, float]]
+) -> None:
+    """Check one change and add what it means to `steps` and `settings`."""
+    shown = printable(name)
+    if getattr(layer, "moving_mean", None) is None:
+        raise InvalidValue(f"{shown}: not built yet: call the model once on data, or layer.build(input_shape), first")
+    one_axis(layer, name)
+    record, epsilon = change.record, float(layer.epsilon)
+    unknown = change.fields - {*FIELDS, "epsilon", "momentum"}
+    if unknown:
+        raise InvalidValue(f"{shown}: no field {listed(sorted(unknown))}")
+    if "epsilon" in change.fields and record.epsilon != layer.epsilon:
+        settings.append((layer, "epsilon", record.epsilon))
+        epsilon = record.epsilon
+    if "momentum" in change.fields and change.momentum is not None and change.momentum != layer.momentum:
+        settings.append((layer, "momentum", change.momentum))
+    for field in FIELDS:
+        if field not in change.fields:
+            continue
+        variable = getattr(layer, _ATTRIBUTE[field], None)
+        flag = {"gamma": "scale", "beta": "center"}.get(field)
+        if variable is None or (flag and not getattr(layer, flag)):
+            raise InvalidValue(f"{shown}: the layer has no {field} ({flag}=False)")
+        array = getattr(record, field)
+        if tuple(variable.shape) != array.shape:
+            raise InvalidValue(f"{shown}: {field}: {tuple(variable.shape)} expected, got {array.shape}")
+        steps.append((variable, array))
+        _check_range(f"{shown}: {field}", array, dtype_of(variable))
+    if change.fields & {"mean", "variance", "epsilon"}:
+        steps.extend(_renorm(layer, record, epsilon, change.fields))
+
+
+def _check_range(where: str, array: Array, dtype: str) -> None:
+    if dtype in ("float64",) or (dtype == "float32" and array.dtype == np.float32):
+        return
+    from bnport.record import round_to
+
+    if not np.isfinite(round_to(array, dtype)).all():
+        raise InvalidValue(f"{where}: a value does not fit {dtype}")
+
+
+def renorm_arrays(record: BatchNorm, epsilon: float) -> dict[str, Array]:
+    """What a renorm layer keeps besides: training starts from std = sqrt(variance + epsilon), and squares it back."""
+    std = np.sqrt(record.variance.astype(np.float64) + epsilon)
+    return {"moving_stddev": std, "renorm_mean": record.mean, "renorm_stddev": std}
+
+
+def _renorm(layer: Any, record: BatchNorm, epsilon: float, fields: Iterable[str]) -> list[tuple[Any, Array]]:
+    if not getattr(layer, "renorm", False):
+        return []
+    arrays = renorm_arrays(record, epsilon)
+    if "mean" not in fields:
+        del arrays["renorm_mean"]
+    if not {"variance", "epsilon"} & set(fields):
+        del arrays["moving_stddev"], arrays["renorm_stddev"]
+    return [(v, array) for name, array in arrays.items() if (v := getattr(layer, name, None)) is not None]
+
+
+def _assign(variable: Any, array: Array) -> None:
+    """Assign by the public call of the variable; TensorFlow's without reading the result back, which takes half."""
+    dtype = dtype_of(variable)
+    if dtype in ("float32", "float64"):
+        array = array.astype(dtype, copy=False)
+        held = variable.value
+        if callable(held):  # a tf.Variable (tf_keras)
+            variable.assign(array, read_value=False)
+            return
+        if type(held).__module__.split(".")[0] == "tensorflow" and hasattr(held, "assign"):
+            held.assign(array, read_value=False)
+            return
+    variable.assign(array)
+
+
+def forget_compiled(model: Any, layers: list[Any]) -> None:
+    """Drop the compiled train, test and predict functions of every model that holds one of the layers.
+
+    They have the epsilon built in (TensorFlow and JAX trace it as a constant). Holders are `model`, the models inside
+    it, and every other live model that Python knows of and that contains one of the layers.
+    """
+    wanted = {id(layer) for layer in layers}
+    kinds = _model_types()
+    for holder in [each for each in gc.get_objects() if type(each) in kinds] + [model]:
+        if not any(getattr(holder, name, None) is not None for name in _FUNCTIONS):
+            continue
+        try:
+            inside = holder._flatten_layers()
+        except Exception:  # half-built: it cannot have run
+            continue
+        if any(id(layer) in wanted for layer in inside):
+            for name in _FUNCTIONS:
+                if getattr(holder, name, None) is not None:
+                    setattr(holder, name, None)
+
+
+def _model_types() -> set[type]:
+    """Every class of models there is, of the Keras packages that are imported."""
+    found: set[type] = set()
+    for package in _PACKAGES:
+        base = getattr(sys.modules.get(package), "Model", None)
+        waiting = [base] if isinstance(base, type) else []
+        while waiting:
+            kind = waiting.pop()
+            if kind not in found:
+                found.add(kind)
+                waiting.extend(kind.__subclasses__())
+    return found
+
+

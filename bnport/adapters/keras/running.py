@@ -1,0 +1,125 @@
+"""The real Keras layer, called: the product's numbers against the framework's own arithmetic."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from bnport._lazy import np
+from bnport.adapters.keras import live
+from bnport.errors import MissingDependency, NotFound, listed, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bnport.adapters.keras.entry import Entry
+    from bnport.record import Array
+
+
+def run_all(source: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+    """name -> {"model(x)": y, "predict": y} for x of shape (N, C) of each named layer; all N must be equal."""
+    if isinstance(source, str | os.PathLike):
+        layers = _from_file(os.fspath(source), list(inputs))
+        package = _keras()
+    else:
+        found = live.find(source)
+        layers = {}
+        for name in inputs:
+            if name not in found:
+                raise NotFound(f"no BatchNormalization layer {printable(name)!r} in the model; there are {listed(found, 5)}")
+            layers[name] = found[name]
+        package = _keras(next((_package_of(layer) for layer in layers.values()), "keras"))
+    shaped = {name: _shaped(layers[name], np.asarray(x), name) for name, x in inputs.items()}
+    direct = {name: layers[name](x, training=False) for name, x in shaped.items()}
+    predicted = _predicted(package, list(layers.values()), list(shaped.values()))
+    results = {}
+    for (name, x), y in zip(inputs.items(), predicted, strict=True):
+        shape = np.shape(x)
+        results[name] = {
+            "model(x)": np.asarray(package.ops.convert_to_numpy(direct[name])).reshape(shape)
+            if hasattr(package, "ops")
+            else np.asarray(direct[name]).reshape(shape),
+            "predict": np.asarray(y).reshape(shape),
+        }
+    return results
+
+
+def _package_of(layer: Any) -> str:
+    packages = {base.__module__.split(".")[0] for base in type(layer).__mro__}
+    return "tf_keras" if "tf_keras" in packages else "keras"
+
+
+def _keras(name: str = "keras") -> Any:
+    import importlib
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependency(
+            f"running a Keras layer needs Keras and a backend ({printable(error, 80)}): pip install 'bnport[tensorflow]'"
+        ) from None
+
+
+def _shaped(layer: Any, x: Array, name: str) -> Array:
+    """(N, C) with axes of length 1 added, so that it has the rank the layer was built for and C on its axis."""
+    axis = live.one_axis(layer, name)
+    spec = layer.input_spec
+    spec = spec[0] if isinstance(spec, list | tuple) else spec
+    rank = getattr(spec, "ndim", None) or 2
+    shape = [x.shape[0]] + [1] * (rank - 1)
+    shape[axis] = x.shape[1]
+    return x.reshape(shape)
+
+
+def _predicted(package: Any, layers: list[Any], inputs: list[Array]) -> list[Array]:
+    """The layers inside one new model, through its compiled predict."""
+
+    class Layers(package.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(name="bnport_run")
+            self.held = layers
+
+        def call(self, xs: Any) -> Any:
+            xs = xs if isinstance(xs, list | tuple) else [xs]
+            return [layer(x, training=False) for layer, x in zip(layers, xs, strict=True)]
+
+    nodes = [len(layer._inbound_nodes) for layer in layers]
+    try:
+        outputs = Layers().predict(inputs if len(inputs) > 1 else inputs[0], verbose=0, batch_size=len(inputs[0]))
+    finally:
+        for layer, count in zip(layers, nodes, strict=True):
+            del layer._inbound_nodes[count:]
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+
+def _from_file(path: str, names: list[str]) -> dict[str, Any]:
+    """Layers that Keras builds from their config in the file, filled by their own load_own_variables."""
+    from bnport.adapters import keras as adapter
+
+    contents = adapter.contents(path)
+    entries = {name: contents.entry(name) for name in names}
+    package = _keras()
+    return {name: _built(package, entry) for name, entry in entries.items()}
+
+
+def _built(package: Any, entry: Entry) -> Any:
+    config = {"epsilon": entry.default_epsilon if entry.epsilon is None else entry.epsilon, "renorm": False}
+    tensors = entry.tensors()
+    config |= {"scale": "gamma" in tensors, "center": "beta" in tensors, "dtype": _policy(entry.dtype)}
+    if "moving_stddev" in tensors:
+        config["renorm"] = True
+    else:
+        del config["renorm"]  # unknown to Keras before 3.14
+    layer = package.layers.BatchNormalization(**config)
+    layer.build((None, entry.channels))
+    arrays = {field: tensor.array() for field, tensor in tensors.items()}
+    if entry.form != "variance":
+        arrays |= entry.load()
+        layer.epsilon = 0.0
+    layer.load_own_variables({str(i): array for i, array in enumerate(arrays.values())})
+    return layer
+
+
+def _policy(dtype: str) -> str:
+    return dtype

@@ -1,0 +1,242 @@
+"""The weights file of Keras >= 2.12 (`.weights.h5`, also inside a `.keras`, also in shards): arrays 0, 1, 2, ... per layer.
+
+It holds no names of arrays and no settings: `vars/0..` are gamma, beta, moving mean and moving variance, minus those
+that the layer does not have, then three more with renorm.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from bnport.containers.hdf5 import natural
+from bnport.errors import FormatError, InvalidValue, Question, listed, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from bnport.containers.hdf5 import H5, Group, H5Tensor
+
+RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+_OLD = "_layer_checkpoint_dependencies"  # Keras and TensorFlow 2.12 to 2.14
+_NORM = re.compile(r"bn|batch|norm", re.IGNORECASE)
+
+
+def order(*, scale: bool, center: bool, renorm: bool) -> tuple[str, ...]:
+    """What a layer's arrays are, in the order in which every Keras stores them."""
+    return (
+        *(("gamma",) if scale else ()), *(("beta",) if center else ()), "mean", "variance", *(RENORM if renorm else ()),
+    )  # fmt: skip
+
+
+class Store:
+    """The groups of one or several weights files by path. Files written on Windows by Keras <= 2.15 have backslashes."""
+
+    def __init__(self, opened: Callable[[], H5]) -> None:
+        self._opened = opened
+        self._h5: H5 | None = None
+        self._index: dict[str, Group] | None = None
+
+    @property
+    def h5(self) -> H5:
+        """The file, opened at the first call."""
+        if self._h5 is None:
+            self._h5 = self._opened()
+            if any("\\" in name for name in self._h5.root.names()):
+                self._index = {path.replace("\\", "/"): group for path, group in self._h5.walk()}
+        return self._h5
+
+    def group(self, path: str) -> Group | None:
+        """The group at `path`, or None."""
+        root = self.h5.root
+        if self._index is not None:
+            return self._index.get(path)
+        return root.group(path) if path else root
+
+    def names(self, path: str) -> list[str]:
+        """The names of the groups in the group at `path`."""
+        if self._index is not None:
+            prefix = f"{path}/" if path else ""
+            below = {p[len(prefix) :].split("/")[0] for p in self._index if p.startswith(prefix) and p != path}
+            return sorted(below, key=natural)
+        group = self.group(path)
+        return group.names() if group is not None else []
+
+    def variables(self, storage: str) -> Group | None:
+        """The `vars` group of a layer whose path in a file of Keras >= 2.15 is `storage`; None if it is not there."""
+        self.h5  # noqa: B018  (opens the file, which fills the index)
+        group = self.group(f"{storage}/vars" if storage else "vars")
+        if group is None and _OLD in self.names(""):
+            path = self._old_path(storage)
+            group = None if path is None else self.group(f"{path}/vars")
+        return group
+
+    def _old_path(self, storage: str) -> str | None:
+        """Keras 2.12 to 2.14 count a layer with weights twice: the n-th of a class is the n-th there, whatever its number."""
+        parts, path = storage.split("/"), ""
+        while parts:
+            part = parts.pop(0)
+            prefix = f"{path}/" if path else ""
+            if part == "layers" and parts:
+                match = re.fullmatch(r"(.*?)(?:_(\d+))?", parts.pop(0), re.DOTALL)
+                base, number = (match[1], int(match[2] or 0)) if match else ("", 0)
+                names = [n for n in self.names(f"{prefix}{_OLD}") if re.fullmatch(rf"{re.escape(base)}(_\d+)?", n)]
+                if number >= len(names):
+                    return None
+                path = f"{prefix}{_OLD}/{names[number]}"
+            else:
+                path = f"{prefix}{part}"
+        return path
+
+    def walk(self) -> Iterable[tuple[str, Group]]:
+        """Every group with its path (slashes, whatever is in the file)."""
+        h5 = self.h5
+        return self._index.items() if self._index is not None else h5.walk()
+
+
+def arrays(group: Group) -> list[H5Tensor]:
+    """The arrays `0`, `1`, ... of a `vars` group in order."""
+    return sorted(group.tensors(), key=lambda t: natural(t.name))
+
+
+def named(tensors: list[H5Tensor], fields: tuple[str, ...], where: str) -> dict[str, H5Tensor]:
+    """field -> array; FormatError unless there are exactly these, each of one length and of floating-point numbers."""
+    if len(tensors) != len(fields):
+        raise FormatError(
+            f"{where}: {len(fields)} arrays expected ({', '.join(fields)}), the weights hold {len(tensors)}"
+        )
+    return checked(dict(zip(fields, tensors, strict=True)), where)
+
+
+def checked(tensors: dict[str, H5Tensor], where: str) -> dict[str, H5Tensor]:
+    """The same, once each is known to be a vector of floating-point numbers, all of one length."""
+    for field, tensor in tensors.items():
+        if len(tensor.shape) != 1 or not tensor.shape[0]:
+            raise FormatError(f"{where}: {field}: expected shape (channels,), got {tensor.shape}")
+        if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
+            raise FormatError(f"{where}: {field}: expected floating-point numbers, got {tensor.dtype}")
+    if len({t.shape for t in tensors.values()}) > 1:
+        lengths = ", ".join(f"{field} {t.shape[0]}" for field, t in tensors.items())
+        raise FormatError(f"{where}: arrays of different lengths: {lengths}")
+    return tensors
+
+
+class Found:
+    """A group that holds BatchNormalization's arrays: its path, name, field -> array, and what is not certain about it."""
+
+    __slots__ = ("name", "notes", "own_name", "path", "tensors")
+
+    def __init__(
+        self, path: str, name: str, own_name: str | None, tensors: dict[str, H5Tensor], notes: tuple[str, ...]
+    ) -> None:
+        self.path, self.name, self.own_name, self.tensors, self.notes = path, name, own_name, tensors, notes
+
+
+def scan(store: Store, where: str, absent: str | None, skip: Iterable[str] = ()) -> tuple[list[Found], list[str]]:
+    """The BatchNormalization layers of a weights file without a config, and what to say about the rest.
+
+    Four vectors of one length are one, seven one with renorm. Three may lack gamma or beta, which the file does not
+    say: Question, unless `absent` does. Two are one only where the path says so: LayerNormalization has two as well.
+    `skip`: paths that are known to be something else.
+    """
+    if absent not in (None, "gamma", "beta"):
+        raise InvalidValue(f"absent: expected 'gamma' or 'beta', got {absent!r:.40}")
+    names: dict[str, str | None] = {}
+    found, unclear, two = [], [], []
+    skipped = set(skip)
+    for path, group in store.walk():
+        if path != "vars" and not path.endswith("/vars"):
+            continue
+        layer = path[: -len("/vars")] if path != "vars" else ""
+        own = group.attribute("name")
+        names[layer] = own if isinstance(own, str) else None
+        if path in skipped or len(group.names()) not in (2, 3, 4, 6, 7, 5):
+            continue
+        tensors = arrays(group)
+        count = len(tensors)
+        if any(len(t.shape) != 1 or t.shape != tensors[0].shape or not t.shape[0] for t in tensors):
+            continue
+        if any(t.dtype not in ("float64", "float32", "float16", "bfloat16") for t in tensors):
+            continue
+        last = layer.rsplit("/", 1)[-1]
+        words = f"{last} {names[layer] or ''}"
+        if count == 2 and "batch_normalization" not in words:
+            two.append(layer)
+            continue
+        if count in (3, 6) or count == 5:
+            if not _NORM.search(words):
+                continue
+            if absent is None and count != 5:
+                unclear.append(layer)
+                continue
+        has = {"scale": True, "center": True, "renorm": count > 4}
+        if count in (3, 6):
+            has["scale" if absent == "gamma" else "center"] = False
+        elif count in (2, 5):
+            has["scale"] = has["center"] = False
+        sure = _NORM.search(layer + words)
+        note = (
+            () if sure else (f"taken for BatchNormalization by its {count} arrays; nothing else in the file says so",)
+        )
+        found.append(
+            Found(path, layer, names[layer], named(tensors, order(**has), f"{where}: {printable(layer)}"), note)
+        )
+    if unclear:
+        raise Question(
+            f"{where}: {len(unclear)} layers hold three arrays ({listed(unclear, 4)}) and the file does not say which is"
+            " missing, gamma (scale=False) or beta (center=False): say --absent gamma or --absent beta, or use the"
+            " .keras file"
+        )
+    for each in found:
+        each.name = _name(each.name, names)
+    _unique_names(found)
+    # Keras writes the layers in the model's order, HDF5 lists them by name: where the arrays lie tells the order
+    if all(each.tensors["mean"].offset is not None for each in found):
+        found.sort(key=lambda each: each.tensors["mean"].offset or 0)
+    notes = []
+    if two and not found:
+        notes.append(
+            f"{listed(two, 3)}: two arrays only, not taken for BatchNormalization (LayerNormalization has two)"
+        )
+    return found, notes
+
+
+def _name(layer: str, names: dict[str, str | None]) -> str:
+    """The names that Keras >= 3.6 stores, outer/inner; the path where one is missing."""
+    parts: list[str] = []
+    pieces = layer.split("/")
+    for end in range(1, len(pieces) + 1):
+        path = "/".join(pieces[:end])
+        if path in names:
+            own = names[path]
+            if not own:
+                return layer or "/"
+            parts.append(own)
+    if not layer:
+        return names.get("") or "/"
+    return "/".join(parts) or layer
+
+
+def _unique_names(found: list[Found]) -> None:
+    count: dict[str, int] = {}
+    for each in found:
+        count[each.name] = count.get(each.name, 0) + 1
+    for each in found:
+        if count[each.name] > 1:
+            each.name = each.path.removesuffix("/vars")
+
+
+def shards(text: object, where: str) -> list[str]:
+    """The file names of a `.weights.json`'s shards, in order. Each must be a bare name beside it."""
+    weight_map = text.get("weight_map") if isinstance(text, dict) else None
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{where}: no weight_map")
+    names: dict[str, None] = {}
+    for value in weight_map.values():
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.h5", name) or name.startswith("."):
+                raise FormatError(
+                    f"{where}: a shard is named {printable(repr(name)[:80])}; it must lie beside this file"
+                )
+            names[name] = None
+    return list(names)
