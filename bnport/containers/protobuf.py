@@ -147,6 +147,20 @@ def fields(buffer: Buffer, start: int = 0, end: int | None = None, depth: int = 
             raise buffer.error(at, "the data ends inside a field") from None
 
 
+def extents(buffer: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(number, first byte of its tag, end) of every field of the message at [start, end), for cutting it out."""
+    position = start
+    for number, _, value in fields(buffer, start, end):
+        first = position
+        if isinstance(value, int):
+            data, base = buffer.window(first)
+            _, position = _varint(buffer, data, base, first)
+            _, position = _varint(buffer, data, base, position)
+        else:
+            position = value[0] + value[1]
+        yield number, first, position
+
+
 def _varint(buffer: Buffer, data: bytes, base: int, position: int) -> tuple[int, int]:
     value = shift = 0
     first = position
@@ -305,11 +319,29 @@ def _length_start(buffer: Buffer, offset: int) -> int:
 
 
 def splice(buffer: Buffer, edits: Sequence[Edit], out: str) -> None:
-    """Fill the existing file `out` with the buffer, edits applied and the length of every enclosing message fixed.
+    """Fill the file `out` with the buffer, edits applied and the length of every enclosing message fixed.
 
     Everything else stays byte for byte, also what no schema knows. Edits must not overlap (ValueError); inserts at one
     place keep their order.
     """
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0))
+    try:
+        for piece in _pieces(buffer, edits):
+            if isinstance(piece, bytes):
+                _write(descriptor, piece)
+            else:
+                _copy(buffer, *piece, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def spliced(buffer: Buffer, edits: Sequence[Edit]) -> bytes:
+    """As `splice`, in memory."""
+    return b"".join(p if isinstance(p, bytes) else buffer.read((p[0], p[1] - p[0])) for p in _pieces(buffer, edits))
+
+
+def _pieces(buffer: Buffer, edits: Sequence[Edit]) -> Iterator[bytes | tuple[int, int]]:
+    """The result in order: new bytes, or (start, end) of what stays."""
     growth: dict[Span, int] = {}
     parents: dict[Span, Span | None] = {}
     for edit in edits:
@@ -328,18 +360,14 @@ def splice(buffer: Buffer, edits: Sequence[Edit], out: str) -> None:
         if outer is not None:
             growth[outer] = growth.get(outer, 0) + grown + len(length) - (message[0] - start)
     flat.sort(key=lambda edit: edit[:2])
-    descriptor = os.open(out, os.O_WRONLY | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0))
-    try:
-        done = 0
-        for start, end, data in flat:
-            if start < done:
-                raise ValueError(f"edits overlap at byte {start}")
-            _copy(buffer, done, start, descriptor)
-            _write(descriptor, data)
-            done = end
-        _copy(buffer, done, buffer.size, descriptor)
-    finally:
-        os.close(descriptor)
+    done = 0
+    for start, end, data in flat:
+        if start < done:
+            raise ValueError(f"edits overlap at byte {start}")
+        yield done, start
+        yield data
+        done = end
+    yield done, buffer.size
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -1,0 +1,118 @@
+"""One layer through onnxruntime."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bnport._lazy import np
+from bnport.adapters.onnx import layers, walk
+from bnport.adapters.onnx.scope import Known
+from bnport.adapters.onnx.tensors import DTYPES, packed
+from bnport.errors import InvalidValue, MissingDependency, NotFound, listed, printable
+
+if TYPE_CHECKING:
+    from bnport.adapters.onnx.model import Model
+    from bnport.adapters.onnx.walk import Found
+    from bnport.record import Array
+
+FIRST_RUN = 7  # onnxruntime has no kernel for older opsets
+CONVERTED_TO = 15
+LATEST_CHANGE = 15  # of BatchNormalization; newer opsets are run as this one
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+def run_layer(opened: Model, layer: str, x: Array) -> dict[str, Array]:
+    """x (N, C) through a model of this one node; the outputs by engine, in x's shape.
+
+    Raises NotFound, InvalidValue for a layer without stored numbers or a type that onnxruntime's CPU engine lacks, and
+    MissingDependency.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency(
+            f"onnx and onnxruntime are needed to run a layer: pip install bnport[onnx] ({error})"
+        ) from None
+    found = walk.Walk(opened)
+    named = dict(zip(layers.names(found.found), found.found, strict=True))
+    if layer not in named:
+        raise NotFound(f"{printable(opened.source)}: no layer {printable(layer)!r}; {listed(named)}")
+    made = _affine_model(onnx, named[layer], opened) if named[layer].affine else _model(onnx, named[layer], opened)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {"x": np.asarray(x).astype(_input_dtype(session))})
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidValue(f"{printable(opened.source)}: {printable(layer)}: onnxruntime: {printable(first)}") from None
+    return {f"onnxruntime {onnxruntime.__version__}": y}
+
+
+def _input_dtype(session: Any) -> Any:
+    kind = session.get_inputs()[0].type
+    names = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+    if kind not in names:
+        raise InvalidValue(f"its CPU engine takes no {kind}")
+    return names[kind]
+
+
+def _model(onnx: Any, found: Found, opened: Model) -> Any:
+    held = layers.parameters(found, opened.source)
+    if held.unknown:
+        raise InvalidValue(f"{layers.place_of(found, opened.source)}: has no stored statistics to run it with")
+    opset = found.scope.opset
+    helper = onnx.helper
+    tensors = []
+    for field, value in held.values.items():
+        assert isinstance(value, Known)
+        array = value.array()
+        array = np.repeat(array, held.channels) if value.shape is None else array
+        tensors.append(
+            helper.make_tensor(field, _KINDS[value.dtype], [held.channels], packed(value.dtype, array), raw=True)
+        )
+    attributes: dict[str, Any] = {}
+    for name in ("epsilon", "momentum"):
+        attribute = found.scope.attribute(found.node, name)
+        if attribute is not None and attribute.f is not None:
+            attributes[name] = attribute.f
+    if opset < FIRST_RUN:
+        attributes["is_test"] = 1
+        if opset == 1:
+            attributes["consumed_inputs"] = [0, 0, 0, 1, 1]
+    node = helper.make_node("BatchNormalization", ["x", *layers.POSITIONS], ["y"], **attributes)
+    kind = _KINDS[held.values["gamma"].dtype if opset < 15 else held.dtype]  # type: ignore[union-attr]
+    shape = ["N", held.channels] if opset >= FIRST_RUN else [1, held.channels]
+    ends = [helper.make_tensor_value_info(name, kind, shape) for name in ("x", "y")]
+    inputs = [ends[0]]
+    if opset < 9:  # of an IR version in which initializers are inputs too
+        inputs += [helper.make_tensor_value_info(t.name, t.data_type, [held.channels]) for t in tensors]
+    graph = helper.make_graph([node], "layer", inputs, [ends[1]], tensors)
+    version = min(opset, LATEST_CHANGE)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
+    made.ir_version = 3 if opset < 9 else 8
+    if opset < FIRST_RUN:
+        made = onnx.version_converter.convert_version(made, CONVERTED_TO)
+    return made
+
+
+def _affine_model(onnx: Any, found: Found, opened: Model) -> Any:
+    assert found.affine is not None
+    helper, tensors = onnx.helper, []
+    _, *names = found.affine
+    channels, kind = 1, 1
+    for name, wanted in zip(names, ("slope", "intercept"), strict=True):
+        value = found.scope.constant(name)
+        if not isinstance(value, Known):
+            raise InvalidValue(f"{layers.place_of(found, opened.source)}: its {wanted} is no constant")
+        array = value.array().reshape(-1)
+        channels, kind = max(channels, array.size), _KINDS[value.dtype]
+        tensors.append(helper.make_tensor(wanted, kind, [array.size], packed(value.dtype, array), raw=True))
+    nodes = [helper.make_node("Mul", ["x", "slope"], ["m"]), helper.make_node("Add", ["m", "intercept"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, kind, ["N", channels]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "layer", [ends[0]], [ends[1]], tensors)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", LATEST_CHANGE)])
+    made.ir_version = 8
+    return made

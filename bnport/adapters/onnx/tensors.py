@@ -1,0 +1,241 @@
+"""A TensorProto as it lies in a model: checked against the bytes that are there, read when asked.
+
+Numbers lie in raw_data (little-endian), in float_data, double_data, int32_data or int64_data, or in another file of the
+model's own folder; never in two of them.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from bnport._lazy import np
+from bnport.containers.files import ReadFile
+from bnport.containers.protobuf import LENGTH, Numbers, signed, varints
+from bnport.containers.tensor import ITEM_SIZE, Tensor
+from bnport.errors import FormatError, printable
+
+if TYPE_CHECKING:
+    from bnport.adapters.onnx.model import Place
+    from bnport.containers.protobuf import Span, Value
+
+DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
+          10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"}  # fmt: skip
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+EXTERNAL = 1  # data_location
+
+# field number -> the data types that may be stored in it
+_IN_FLOAT_DATA, _IN_INT32_DATA, _IN_INT64_DATA, _IN_DOUBLE_DATA, _IN_UINT64_DATA = (
+    {"float32"}, {"int32", "int16", "int8", "uint16", "uint8", "bool", "float16", "bfloat16"}, {"int64"}, {"float64"},
+    {"uint32", "uint64"},
+)  # fmt: skip
+MOST_DIMENSIONS = 64
+MOST_INTEGERS = 1 << 20  # numbers that lie one by one in int32_data or int64_data
+
+
+class Stored:
+    """A TensorProto: name, dtype, shape, and where its numbers lie."""
+
+    __slots__ = ("doubles", "external", "floats", "ints", "kind", "label", "location", "name", "place", "raw", "shape")
+
+    def __init__(self, place: Place, label: str = "") -> None:
+        self.place, self.label = place, label
+        self.name, self.kind, self.location = "", 0, 0
+        self.raw: Span | None = None
+        self.floats, self.doubles = Numbers(place.buffer, 4), Numbers(place.buffer, 8)
+        self.ints: dict[int, list[tuple[int, Value]]] = {}
+        self.external: dict[str, str] = {}
+        dims: list[int] = []
+        for number, wire, value in place.fields():
+            if number == 1:
+                dims += varints(place.buffer, wire, value, MOST_DIMENSIONS)
+            elif number == 2:
+                self.kind = signed(value, 32)
+            elif number == 4:
+                self.floats.add(wire, value)
+            elif number in (5, 7, 11):
+                self.ints.setdefault(number, []).append((wire, value))
+            elif number == 10:
+                self.doubles.add(wire, value)
+            elif number == 9 and wire == LENGTH:
+                self.raw = place.bytes_of(value)
+            elif number == 8:
+                self.name = place.text(value)
+            elif number == 13:
+                key, text = _entry(place.inner(value))
+                if key in self.external:
+                    raise self._bad(f"external data says {key!r} twice")
+                self.external[key] = text
+            elif number == 14:
+                self.location = signed(value, 32)
+            elif number == 3:
+                raise self._bad("is stored in segments, which no released tool writes")
+        if len(dims) > MOST_DIMENSIONS or any(d < 0 for d in dims):
+            raise self._bad(f"impossible dimensions {dims[:8]}")
+        self.shape = tuple(dims)
+
+    @property
+    def shown(self) -> str:
+        """What to call it in a message."""
+        return self.name or self.label
+
+    def _bad(self, why: str) -> FormatError:
+        return FormatError(f"{printable(self.place.buffer.name)}: tensor {printable(self.shown)!r} {why}")
+
+    @property
+    def dtype(self) -> str:
+        """A key of ITEM_SIZE; FormatError for strings, complex, 8-bit floats and the like."""
+        if self.kind not in DTYPES:
+            raise self._bad(f"has data type {self.kind}, which is none that holds such numbers")
+        return DTYPES[self.kind]
+
+    @property
+    def size(self) -> int:
+        """How many numbers its dimensions declare."""
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+    @property
+    def form(self) -> str:
+        """Where its numbers lie: "raw", "floats", "doubles", "ints" or "external"; FormatError if in several or none."""
+        forms = [
+            form
+            for form, there in (
+                ("external", self.location == EXTERNAL),
+                ("raw", self.raw is not None and (self.raw[1] or not self.size)),
+                ("floats", self.floats.nbytes),
+                ("doubles", self.doubles.nbytes),
+                ("ints", any(self.ints.values())),
+            )
+            if there
+        ]
+        if len(forms) > 1:
+            raise self._bad(f"holds its numbers twice ({' and '.join(forms)})")
+        if not forms:
+            if self.size:
+                raise self._bad(f"holds no numbers, its dimensions {list(self.shape)} declare {self.size}")
+            return "raw"
+        return forms[0]
+
+    def tensor(self, folder: str | None) -> Tensor:
+        """The numbers, checked to be there in full (no number is read); `folder` is where external data may lie."""
+        form, dtype = self.form, self.dtype
+        nbytes = self.size * ITEM_SIZE[dtype]
+        allowed = {"floats": _IN_FLOAT_DATA, "doubles": _IN_DOUBLE_DATA}.get(form)
+        if allowed is not None and dtype not in allowed:
+            raise self._bad(f"of {dtype} holds its numbers in a field for {', '.join(sorted(allowed))}")
+        if form == "external":
+            return self._outside(folder, nbytes)
+        if form == "ints":
+            return Tensor(self.shown, dtype, self.shape, self._integers)
+        if form == "raw":
+            span = self.raw or (self.place.span[0], 0)
+            self._check(span[1], nbytes)
+            return Tensor(self.shown, dtype, self.shape, lambda: self.place.buffer.read(span, self.shown))
+        numbers = self.floats if form == "floats" else self.doubles
+        self._check(numbers.nbytes, nbytes)
+        return Tensor(self.shown, dtype, self.shape, numbers.read)
+
+    def _check(self, found: int, expected: int) -> None:
+        if found != expected:
+            raise self._bad(f"of shape {list(self.shape)} should be {expected} bytes, {found} are there")
+
+    def _integers(self) -> bytes:
+        """int32_data and int64_data; 16-bit floats lie in int32_data as their bit patterns."""
+        fields = {5: _IN_INT32_DATA, 7: _IN_INT64_DATA, 11: _IN_UINT64_DATA}
+        values: list[int] = []
+        for number, occurrences in self.ints.items():
+            if self.dtype not in fields[number]:
+                raise self._bad(f"of {self.dtype} holds its numbers in a field for {', '.join(sorted(fields[number]))}")
+            for wire, value in occurrences:
+                values += varints(self.place.buffer, wire, value, min(self.size, MOST_INTEGERS))
+                if len(values) > MOST_INTEGERS:
+                    raise self._bad(f"holds more than {MOST_INTEGERS} numbers as integers")
+        if len(values) != self.size:
+            raise self._bad(f"of shape {list(self.shape)} should hold {self.size} numbers, {len(values)} are there")
+        dtype = "uint16" if self.dtype in ("float16", "bfloat16") else self.dtype
+        width = ITEM_SIZE[dtype]
+        mask = (1 << (8 * width)) - 1
+        data = b"".join((value & mask).to_bytes(width, "little") for value in values)
+        wrong = [v for v in values if not -(1 << (8 * width - 1)) <= v <= mask]
+        if wrong:
+            raise self._bad(f"of {self.dtype} holds the integer {wrong[0]}")
+        return data
+
+    # ---- external data
+
+    def _outside(self, folder: str | None, nbytes: int) -> Tensor:
+        location = self.external.get("location", "")
+        if folder is None:
+            raise self._bad(
+                f"lies in the file {printable(location)!r}; say where with folder=, or load the model with its data"
+            )
+        path = self._inside(folder, location)
+        offset, length = (self._number(key) for key in ("offset", "length"))
+        file = self._opened(path, folder)
+        start = offset or 0
+        held = file.size - start if length is None else length
+        if start + held > file.size or held < 0:
+            raise self._bad(
+                f"should be {held} bytes at {start} of {printable(location)!r}, which has {file.size} bytes"
+            )
+        self._check(held, nbytes)
+        return Tensor(self.shown, self.dtype, self.shape, lambda: file.pread(start, nbytes, self.shown))
+
+    def _number(self, key: str) -> int | None:
+        text = self.external.get(key)
+        if text is None:
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            raise self._bad(f"external data with {key} {printable(text)!r}, which is no number of bytes")
+        return int(text)
+
+    def _inside(self, folder: str, location: str) -> str:
+        """The file at `location`, if that is a plain way down from `folder`; links of any kind are refused."""
+        parts = location.replace("\\", "/").split("/")
+        if not location or location.startswith(("/", "\\")) or ":" in parts[0] or ".." in parts or "\0" in location:
+            raise self._bad(f"lies outside the model's folder, at {printable(location)!r}; it is not read")
+        path = folder
+        for part in (p for p in location.split("/") if p not in ("", ".")):
+            path = os.path.join(path, part)
+            try:
+                status = os.lstat(path)
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or "not a file name"
+                raise self._bad(f"lies in {printable(location)!r}, which cannot be read: {why}") from None
+            if stat.S_ISLNK(status.st_mode):
+                raise self._bad(f"lies in {printable(location)!r}, which is a link; put the file itself there")
+        return path
+
+    def _opened(self, path: str, folder: str) -> ReadFile:
+        before = os.lstat(path)
+        if not stat.S_ISREG(before.st_mode):
+            raise self._bad(f"lies in {printable(os.path.relpath(path, folder))!r}, which is no regular file")
+        if before.st_nlink > 1:
+            raise self._bad(
+                f"lies in {printable(os.path.relpath(path, folder))!r}, which has {before.st_nlink} names (hard links);"
+                " make a copy of its own"
+            )
+        file = ReadFile(path)
+        if not os.path.samestat(before, os.fstat(file.fileno())):
+            raise self._bad(f"lies in {printable(os.path.relpath(path, folder))!r}, which changed while it was opened")
+        return file
+
+
+def _entry(place: Place) -> tuple[str, str]:
+    pair = {1: "", 2: ""}
+    for number, _, value in place.fields():
+        if number in pair:
+            pair[number] = place.text(value)
+    return pair[1], pair[2]
+
+
+def packed(dtype: str, values: object) -> bytes:
+    """Numbers as raw_data: little-endian bytes of `dtype`, which must hold them exactly."""
+    if dtype == "bfloat16":
+        wide = np.ascontiguousarray(values, np.float32)
+        return bytes((wide.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes())
+    return bytes(np.ascontiguousarray(values).astype(np.dtype(dtype).newbyteorder("<")).tobytes())

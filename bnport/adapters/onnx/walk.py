@@ -1,0 +1,157 @@
+"""Every BatchNormalization of a model, in the order in which they run: in graphs, subgraphs and the bodies of functions.
+
+A function that is called twice is two places. Along the way it is noted which layers reach which with none between.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from bnport.adapters.onnx.model import MOST_NODES, Graph
+from bnport.adapters.onnx.scope import Known, Scope
+from bnport.errors import FormatError, printable
+
+if TYPE_CHECKING:
+    from bnport.adapters.onnx.model import Model, Node
+
+BATCHNORM = "BatchNormalization"
+AFFINE_MARK = "/batchnorm/"  # TensorFlow's name scope of the operations that make up a BatchNorm, kept by tf2onnx
+DEEPEST = 40  # graphs within graphs, functions within functions
+_MOST_REACHING = 2_000_000  # names in all of `inputs`; past that the graph is not evidence anybody can use
+
+
+class Found(NamedTuple):
+    """A layer's node in its scope; `affine` are the (Mul, Add) of one that was taken apart, then `node` is the Add."""
+
+    node: Node
+    scope: Scope
+    inputs: frozenset[int]
+    affine: tuple[Node, str, str] | None = None  # the Mul, and the names of its and the Add's constants
+
+
+class Walk:
+    """found: the layers; scopes: all that were entered; weighted: (scope, node) of every node with weights."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.found: list[Found] = []
+        self.scopes: list[Scope] = []
+        self.weighted: list[tuple[Scope, Node]] = []
+        self.foreign: list[Node] = []  # nodes of that name in another domain
+        self._visited = 0
+        self._reaching = 0
+        self.main = Scope(model, model.graph, opset=model.opset)
+        self._graph(self.main, 0)
+
+    @property
+    def graph_known(self) -> bool:
+        """Whether `inputs` of what was found is complete."""
+        return self._reaching <= _MOST_REACHING
+
+    def _graph(self, scope: Scope, depth: int) -> None:
+        if depth > DEEPEST:
+            raise FormatError(f"{printable(self.model.source)}: graphs or functions nested more than {DEEPEST} deep")
+        self.scopes.append(scope)
+        for node in scope.graph.nodes:
+            self._visited += 1
+            if self._visited > MOST_NODES:
+                raise FormatError(f"{printable(self.model.source)}: more than {MOST_NODES} nodes to look at")
+            reaching = self._union(_reach(scope, name) for name in node.inputs if name)
+            function = self.model.functions.get((node.domain, node.op, node.overload))
+            if node.op == BATCHNORM and node.domain == "":
+                reaching = self._add(Found(node, scope, reaching))
+            elif function is not None:
+                self._call(scope, node, reaching, depth)
+                continue
+            elif node.domain == "" and node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+                self.weighted.append((scope, node))
+            elif node.domain == "" and node.op == "Add" and AFFINE_MARK in f"{node.name}{node.outputs[:1]}":
+                affine = _affine(scope, node)
+                if affine is not None:
+                    reaching = self._add(Found(node, scope, reaching, affine))
+            elif node.op == BATCHNORM:
+                self.foreign.append(node)
+            for label, place in node.subgraphs():
+                reaching = self._subgraph(scope, node, label, Graph(place), reaching, depth)
+            if reaching:
+                scope.reach.update(dict.fromkeys(node.outputs, reaching))
+
+    def _add(self, found: Found) -> frozenset[int]:
+        self.found.append(found)
+        self._reaching += len(found.inputs)
+        return frozenset((len(self.found) - 1,))
+
+    def _union(self, sets: object) -> frozenset[int]:
+        distinct = {id(s): s for s in sets if s}  # type: ignore[attr-defined]
+        if len(distinct) < 2:
+            return next(iter(distinct.values()), frozenset())
+        union: frozenset[int] = frozenset().union(*distinct.values())
+        self._reaching += len(union)
+        return union if self._reaching <= _MOST_REACHING else frozenset()
+
+    def _subgraph(
+        self, scope: Scope, node: Node, label: str, graph: Graph, reaching: frozenset[int], depth: int
+    ) -> frozenset[int]:
+        inner = Scope(
+            self.model,
+            graph,
+            parent=scope,
+            attributes=scope.attributes,
+            opset=scope.opset,
+            label=f"{scope.label}{node.shown}/{label}/",
+        )
+        inner.reach.update(dict.fromkeys(graph.inputs, reaching))
+        self._graph(inner, depth + 1)
+        return self._union([reaching, *(_reach(inner, name) for name in graph.outputs)])
+
+    def _call(self, scope: Scope, node: Node, reaching: frozenset[int], depth: int) -> None:
+        function = self.model.functions[node.domain, node.op, node.overload]
+        attributes = dict(function.defaults)
+        for name in node.attributes:
+            given = scope.attribute(node, name)
+            if given is not None:
+                attributes[name] = given
+        body = function.body
+        inner = Scope(
+            self.model,
+            body,
+            bindings={
+                formal: (scope, actual) for formal, actual in zip(body.inputs, node.inputs, strict=False) if actual
+            },
+            attributes=attributes,
+            opset=function.opset,
+            label=f"{scope.label}{node.shown}/",
+        )
+        for formal, (_, actual) in inner.bindings.items():
+            inner.reach[formal] = _reach(scope, actual)
+        self._graph(inner, depth + 1)
+        for formal, actual in zip(body.outputs, node.outputs, strict=False):
+            scope.reach[actual] = _reach(inner, formal) or (frozenset() if formal in inner.producers else reaching)
+
+
+def _reach(scope: Scope, name: str) -> frozenset[int]:
+    at: Scope | None = scope
+    while at is not None:
+        if name in at.reach:
+            return at.reach[name]
+        at = at.parent
+    return frozenset()
+
+
+def _affine(scope: Scope, add: Node) -> tuple[Node, str, str] | None:
+    """(Mul, name of the slope, name of the intercept) if `add` is the end of x * slope + intercept by TensorFlow's names."""
+    if len(add.inputs) != 2:
+        return None
+    for position in (0, 1):
+        at, name = scope.origin(add.inputs[position])
+        mul = at.producers.get(name)
+        if mul is None or mul.op != "Mul" or mul.domain or len(mul.inputs) != 2:
+            continue
+        if AFFINE_MARK not in f"{mul.name}{mul.outputs[:1]}" or not isinstance(
+            scope.constant(add.inputs[1 - position]), Known
+        ):
+            continue
+        slopes = [name for name in mul.inputs if isinstance(at.constant(name), Known)]
+        if len(slopes) == 1 and at is scope:
+            return mul, slopes[0], add.inputs[1 - position]
+    return None
