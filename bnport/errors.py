@@ -39,6 +39,10 @@ class MissingDependency(BnportError, ImportError):
     """A package is needed for this and is not installed; the message names the extra that brings it."""
 
 
+class WorkerLost(BnportError, RuntimeError):
+    """A worker process or machine died again and again on the same piece of work."""
+
+
 class OutputError(BnportError, OSError):
     """The output cannot be written as asked; whatever was there before is still there, whole."""
 

@@ -1,0 +1,260 @@
+"""The same function over many blocks, in this process, on this machine's cores, or on a cluster that exists already.
+
+`map_blocks(function, blocks)` yields function(block) for every block, in the order of the blocks, whatever the engine:
+merged in a fixed tree (moments.Tree), the result has the same bits with one worker, with many, and after one was lost.
+
+    engine      runs in                                           a worker that dies
+    "serial"    this process                                      -
+    "local"     a pool of spawned processes (the default)         a new pool; only the blocks in flight are done again
+    "dask"      dask.distributed: a Client, or its address;       rescheduled by Dask, results of the dead worker too
+                neither: processes of its own on this machine
+    "ray"       Ray: the cluster that ray.init() joined, or an    retried by Ray
+                address; neither: one of its own on this machine
+
+Blocks are descriptions of work (paths, ranges of rows), small and picklable; the function reads the data itself. Make a
+block worth 100 ms or more: an engine adds 0.5 to 3 ms to each. `function` must be importable in another process (defined
+at the top of a module); with "local", a script needs its `if __name__ == "__main__":`.
+
+A function that raises ends the run with that exception. A block whose worker dies `retries` times more ends it with
+WorkerLost: it is the block, then, not chance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Sized
+from typing import TYPE_CHECKING, TypeVar
+
+from bnport.errors import InvalidValue, MissingDependency, WorkerLost, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from typing import Any
+
+    Progress = Callable[[int, int, str], None]
+
+Block = TypeVar("Block")
+Result = TypeVar("Result")
+
+ENGINES = ("local", "serial", "dask", "ray")
+RETRIES = 3
+AHEAD = 4  # blocks handed out per worker before the first of them is back: nobody waits for the next one
+
+
+def map_blocks(
+    function: Callable[[Block], Result],
+    blocks: Iterable[Block],
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    address: Any = None,
+    retries: int = RETRIES,
+    progress: Progress | None = None,
+) -> Iterator[Result]:
+    """function(block) for every block, in order, computed elsewhere and up to AHEAD * workers blocks ahead.
+
+    blocks:   may be a generator; it is read as needed. At most AHEAD * workers blocks and results are held.
+    workers:  processes; default: the cores that this process may use. A cluster that exists has its own number.
+    address:  for "dask" a Client or the scheduler's address, for "ray" the cluster's address.
+    retries:  how often a block is done again after its worker died; a Dask cluster that exists has its own number
+              (distributed.scheduler.allowed-failures, 3).
+    progress: called as progress(done, total, what); total is 0 where `blocks` has no length.
+
+    Raises InvalidValue for an unknown engine, MissingDependency without it, WorkerLost, and what `function` raises.
+    Stop early by closing the iterator: blocks in flight are cancelled where the engine can.
+    """
+    if engine not in ENGINES:
+        raise InvalidValue(f"engine: expected one of {', '.join(ENGINES)}, got {printable(engine)!r}")
+    if workers is not None and workers < 1:
+        raise InvalidValue(f"workers: expected 1 or more, got {workers}")
+    if address is not None and engine not in ("dask", "ray"):
+        raise InvalidValue(f"engine {engine!r} has no address; expected engine 'dask' or 'ray'")
+    total = len(blocks) if isinstance(blocks, Sized) else 0
+    count = workers or cores()
+    if engine == "serial":
+        results: Iterator[Result] = map(function, blocks)
+    elif engine == "local":
+        results = _local(function, iter(blocks), count, retries)
+    elif engine == "dask":
+        results = _dask(function, iter(blocks), workers, address, retries)
+    else:
+        results = _ray(function, iter(blocks), workers, address, retries)
+    return _reported(results, total, progress) if progress else results
+
+
+def cores() -> int:
+    """The processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def _reported(results: Iterator[Result], total: int, progress: Progress) -> Iterator[Result]:
+    for done, result in enumerate(results, 1):
+        progress(done, total, "blocks")
+        yield result
+
+
+# This machine.
+
+
+def _local(
+    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int, retries: int
+) -> Iterator[Result]:
+    """A spawn pool; after BrokenProcessPool a new one, which gets the blocks that have no result yet."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    pool = _pool(workers)
+    waiting: deque[_Pending] = deque()
+    numbered = enumerate(blocks)
+    try:
+        while True:
+            for number, block in itertools.islice(numbered, AHEAD * workers - len(waiting)):
+                waiting.append(_Pending(number, block))
+            if not waiting:
+                return
+            try:
+                for pending in waiting:
+                    if pending.future is None:
+                        pending.future = pool.submit(function, pending.block)
+                result: Result = waiting[0].future.result()  # type: ignore[union-attr]
+            except BrokenProcessPool:
+                pool.shutdown(wait=True, cancel_futures=True)
+                _forget_lost(waiting, retries)
+                pool = _pool(workers)
+                continue
+            waiting.popleft()
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Pending:
+    """A block that was handed out: its number, the block, the future of its result, and how often it was lost."""
+
+    __slots__ = ("block", "future", "lost", "number")
+
+    def __init__(self, number: int, block: Any) -> None:
+        self.number, self.block = number, block
+        self.future: Future[Any] | None = None
+        self.lost = 0
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    # spawn: a forked child of a process with threads (BLAS, TensorFlow, a notebook) may hang
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _forget_lost(waiting: Iterable[_Pending], retries: int) -> None:
+    """After a pool broke: drop the futures that hold no result, and give up on a block that was lost too often."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    for pending in waiting:
+        future = pending.future
+        if future is None:
+            continue
+        if future.done() and not future.cancelled() and not isinstance(future.exception(), BrokenProcessPool):
+            continue  # it has its result, or the function's own exception
+        pending.future = None
+        pending.lost += 1
+        if pending.lost > retries:
+            raise WorkerLost(
+                f"block {pending.number}: its worker process died {pending.lost} times (killed, or out of memory?);"
+                ' use fewer workers or smaller blocks. A script must call this below if __name__ == "__main__":'
+            )
+
+
+# Clusters.
+
+
+def _in_order(
+    submit: Callable[[Block], Any], collect: Callable[[Any], Result], blocks: Iterator[Block], ahead: int
+) -> Iterator[Result]:
+    """Keep `ahead` blocks in flight and yield their results in order."""
+    waiting: deque[Any] = deque()
+    for block in blocks:
+        waiting.append(submit(block))
+        if len(waiting) >= ahead:
+            yield collect(waiting.popleft())
+    while waiting:
+        yield collect(waiting.popleft())
+
+
+def _dask(
+    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
+) -> Iterator[Result]:
+    try:
+        import dask
+        import distributed
+    except ImportError:
+        raise MissingDependency("engine 'dask' needs dask.distributed: pip install 'bnport[dask]'") from None
+    owned = not isinstance(address, distributed.Client)
+    if not owned:
+        client = address
+    elif address is not None:
+        client = distributed.Client(address, set_as_default=False)
+    else:
+        with dask.config.set({"distributed.scheduler.allowed-failures": retries}):
+            client = distributed.Client(
+                n_workers=workers or cores(),
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                set_as_default=False,
+            )
+    number = itertools.count()
+
+    def collect(future: Any) -> Result:
+        try:
+            result: Result = future.result()
+        except distributed.KilledWorker as error:
+            raise WorkerLost(f"Dask lost the worker of a block again and again: {printable(error)}") from None
+        return result
+
+    def submit(block: Block) -> Any:
+        # pure=False: equal blocks are not taken for one
+        return client.submit(function, block, pure=False, key=f"bnport-{os.getpid()}-{id(number)}-{next(number)}")
+
+    try:
+        threads = sum(client.nthreads().values()) or workers or cores()
+        yield from _in_order(submit, collect, blocks, AHEAD * threads)
+    finally:
+        if owned:
+            client.close()
+
+
+def _ray(
+    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
+) -> Iterator[Result]:
+    try:
+        import ray
+    except ImportError:
+        raise MissingDependency("engine 'ray' needs Ray: pip install 'bnport[ray]'") from None
+    owned = not ray.is_initialized()
+    if owned:
+        local = {"num_cpus": workers or cores(), "include_dashboard": False} if address is None else {}
+        ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+    task = ray.remote(function).options(max_retries=retries)
+
+    def collect(reference: Any) -> Result:
+        try:
+            result: Result = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # the function's own exception, as the other engines raise it
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            raise WorkerLost(f"Ray lost the worker of a block {retries + 1} times: {printable(error)}") from None
+        return result
+
+    try:
+        processors = int(ray.cluster_resources().get("CPU", 0)) or workers or cores()
+        yield from _in_order(task.remote, collect, blocks, AHEAD * processors)
+    finally:
+        if owned:
+            ray.shutdown()

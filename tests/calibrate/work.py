@@ -1,0 +1,46 @@
+"""Functions that workers import in the tests of executors: they must lie at the top of a module."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+
+from bnport.calibrate.moments import moments
+
+
+def block_moments(block):
+    """Moments of made-up data for a (seed, rows, folder, number that dies) block; dies once by SIGKILL if told to."""
+    seed, rows, folder, deadly = block
+    if seed == deadly:
+        try:
+            os.close(os.open(os.path.join(folder, f"died-{seed}"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    with open(os.path.join(folder, f"done-{seed}-{os.getpid()}-{time.monotonic_ns()}"), "w"):
+        pass
+    rng = np.random.default_rng(seed)
+    return moments(1e4 + 1e-2 * rng.standard_normal((rows, 8)))
+
+
+def always_dies(block):
+    """Kills its process if block is 3, every time."""
+    if block == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return block
+
+
+def fails(block):
+    """Raises ValueError for block 5."""
+    if block == 5:
+        raise ValueError("block five is odd")
+    return block * block
+
+
+def where(block):
+    """The process."""
+    return block, os.getpid()
