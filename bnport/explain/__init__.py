@@ -113,9 +113,9 @@ def _verdict(
     evidence = f"{printable(name)}: {first.words}"
     if len(made) > 1 and kind in ("swapped", "scattered"):
         evidence = "; ".join(f"{printable(name)}: {mistake.words}" for name, mistake in made[:4])
-    constants = {mistake.constant for _, mistake in made if mistake.constant is not None}
-    if len(constants) == 1 and len(made) > 1:
-        evidence += f" (the same {min(constants):.6g} in {len(made)} layers)"
+    constants = [mistake.constant for _, mistake in made if mistake.constant is not None]
+    if len(constants) == len(made) > 1 and max(constants) - min(constants) <= 1e-6 * max(constants):
+        evidence += f" (the same {constants[0]:.6g} in {len(made)} layers)"
     assumed = sources[0].epsilon if all("epsilon" in layer.assumed for layer in sources) else None
     fix = repair(kind, source, port, live=live, assumed=assumed, found=first.constant)
     return Verdict(kind, MISTAKES[kind].title, tuple(name for name, _ in made), evidence, fix)

@@ -33,7 +33,7 @@ EPSILONS = {
     0.0: "none at all",
 }
 _MORE_EPSILONS = (1e-2, 1e-7, 1e-8, 1e-10, 1e-12)
-_ROUNDINGS = 4  # of the port's dtype: what a formula of two or three operations in that precision may be off
+_ROUNDINGS = 8  # of the port's dtype: (sqrt(v) + e) ** 2 in that precision may be off by 5, and by 1 more as stored
 
 
 class Numbers(NamedTuple):

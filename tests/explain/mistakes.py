@@ -51,7 +51,12 @@ def source_layer(module, name="bn", **changes):
         "gamma": module.weight, "beta": module.bias, "mean": module.running_mean, "variance": module.running_var
     }  # fmt: skip
     arrays = {field: array.detach().numpy().copy() for field, array in arrays.items()}
-    settings = {"channels": module.num_features, "epsilon": module.eps, "momentum": 1 - module.momentum, "load": lambda: arrays}
+    settings = {
+        "channels": module.num_features,
+        "epsilon": module.eps,
+        "momentum": 1 - module.momentum,
+        "load": lambda: arrays,
+    }
     return Layer(name, **{**settings, "stores": {*FIELDS, "epsilon", "momentum"}, **changes})
 
 
@@ -210,7 +215,9 @@ def untouched(rng):
 def steps(rng):
     """Both layers saw the same batches; one with PyTorch's 0.1 (fraction of the new), one with 0.1 of the old kept."""
     channels = int(rng.choice(WIDTHS))
-    x = torch.from_numpy(rng.normal(size=(64, channels)) * rng.uniform(0.2, 3, channels) + rng.normal(size=channels)).float()
+    x = torch.from_numpy(
+        rng.normal(size=(64, channels)) * rng.uniform(0.2, 3, channels) + rng.normal(size=channels)
+    ).float()
     right, wrong = (torch.nn.BatchNorm1d(channels, momentum=m) for m in (0.1, 0.9))
     with torch.no_grad():
         for module in (right, wrong):
@@ -262,7 +269,9 @@ def network(rng, count=4, epsilon=1e-5):
 
 def as_models(modules, layers):
     sources = {f"bn{i}": source_layer(module, f"bn{i}") for i, module in enumerate(modules)}
-    ported = {f"batch_normalization_{i}": ported_layer(layer, f"batch_normalization_{i}") for i, layer in enumerate(layers)}
+    ported = {
+        f"batch_normalization_{i}": ported_layer(layer, f"batch_normalization_{i}") for i, layer in enumerate(layers)
+    }
     return sources, ported, dict(zip(ported, sources, strict=True))
 
 
@@ -286,7 +295,7 @@ def swapped_with_keras_epsilon(rng):
 
 
 def flat_list(rng):
-    """model.set_weights given all trainable weights first and all statistics after them, although Keras goes layer by layer."""
+    """model.set_weights given all trainable weights first, then all statistics; Keras goes layer by layer."""
     modules = network(rng)
     inputs = keras.Input((modules[0].num_features,))
     layers = [keras.layers.BatchNormalization(epsilon=m.eps) for m in modules]
