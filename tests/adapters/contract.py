@@ -104,6 +104,11 @@ class _Contract:
     def one(self, seed: int = 0) -> BatchNorm:
         return telling_record(7, seed=seed, epsilon=self.epsilon, dtype=self.dtype)
 
+    def probes(self, record: BatchNorm) -> np.ndarray:
+        """Telling inputs, float32 values that the engine sees as they are: exact in a 16-bit output_dtype."""
+        dtype = self.output_dtype if self.output_dtype in ("float16", "bfloat16") else "float32"
+        return record.probes(dtype).astype(np.float32)
+
     def in_build_order(self, layers: Layers) -> list[Layer]:
         """The layers in the order of the records that `build` was given. Override where a file has another order."""
         return list(layers.values())
@@ -166,7 +171,7 @@ class FileContract(_Contract):
         path = self.path(tmp_path)
         self.build([self.one()], path)
         (layer,) = self.read(path)
-        x = layer.record.probes().astype(np.float32)
+        x = self.probes(layer.record)
         assert_within_bound(self.run(path, x), layer.record, x, self.output_dtype)
 
     def test_an_absent_gamma_is_ones_and_an_absent_beta_zeros(self, tmp_path):
@@ -177,7 +182,7 @@ class FileContract(_Contract):
             (layer,) = self.read(path)
             assert_same_bits(layer.record, record)
             assert {"gamma", "beta"} - layer.stores == set(absent)
-            x = record.probes().astype(np.float32)
+            x = self.probes(record)
             assert_within_bound(self.run(path, x), layer.record, x, self.output_dtype)
 
     def test_the_file_is_found_by_its_content_and_reading_it_imports_no_framework(self, tmp_path):
@@ -267,7 +272,7 @@ class FileContract(_Contract):
         (again,) = self.read(out)
         assert_same_bits(again.record, new)
         assert _bytes_under(path) == before
-        x = new.probes().astype(np.float32)
+        x = self.probes(new)
         assert_within_bound(self.run(out, x), new, x, self.output_dtype)
 
     def test_writing_one_layer_leaves_the_others_untouched(self, tmp_path):
@@ -340,7 +345,7 @@ class LiveContract(_Contract):
     def test_the_formula_is_within_its_bound_of_the_frameworks_own_output(self):
         model = self.build([self.one()])
         (layer,) = self.read(model)
-        x = layer.record.probes().astype(np.float32)
+        x = self.probes(layer.record)
         assert_within_bound(self.run(model, x), layer.record, x, self.output_dtype)
 
     def test_an_absent_gamma_is_ones_and_an_absent_beta_zeros(self):
@@ -350,7 +355,7 @@ class LiveContract(_Contract):
             (layer,) = self.read(model)
             assert_same_bits(layer.record, record)
             assert {"gamma", "beta"} - layer.stores == set(absent)
-            x = record.probes().astype(np.float32)
+            x = self.probes(record)
             assert_within_bound(self.run(model, x), layer.record, x, self.output_dtype)
 
     def test_the_adapter_runs_the_real_layer(self):
@@ -359,7 +364,7 @@ class LiveContract(_Contract):
         model = self.build([self.one()])
         before = self.weights(model)
         (layer,) = self.read(model)
-        x = layer.record.probes().astype(np.float32)
+        x = self.probes(layer.record)
         outputs = self.module.run(model, layer.name, x)
         assert outputs
         for y in outputs.values():
@@ -382,7 +387,7 @@ class LiveContract(_Contract):
         self.module.apply(model, {layer.name: Change(new, frozenset(layer.stores) & {*FIELDS, "epsilon"})})
         (again,) = self.read(model)
         assert_same_bits(again.record, new)
-        x = new.probes().astype(np.float32)
+        x = self.probes(new)
         assert_within_bound(self.run(model, x), new, x, self.output_dtype)
 
     def test_applying_is_all_layers_or_none(self):

@@ -38,7 +38,8 @@ def run_layer(opened: Model, layer: str, x: Array) -> dict[str, Array]:
     named = dict(zip(layers.names(found.found), found.found, strict=True))
     if layer not in named:
         raise NotFound(f"{printable(opened.source)}: no layer {printable(layer)!r}; {listed(named)}")
-    made = _affine_model(onnx, named[layer], opened) if named[layer].affine else _model(onnx, named[layer], opened)
+    make = _affine_model if named[layer].affine else _model
+    made = make(onnx, named[layer], opened, len(x))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -59,7 +60,7 @@ def _input_dtype(session: Any) -> Any:
     return names[kind]
 
 
-def _model(onnx: Any, found: Found, opened: Model) -> Any:
+def _model(onnx: Any, found: Found, opened: Model, rows: int) -> Any:
     held = layers.parameters(found, opened.source)
     if held.unknown:
         raise InvalidValue(f"{layers.place_of(found, opened.source)}: has no stored statistics to run it with")
@@ -84,8 +85,7 @@ def _model(onnx: Any, found: Found, opened: Model) -> Any:
             attributes["consumed_inputs"] = [0, 0, 0, 1, 1]
     node = helper.make_node("BatchNormalization", ["x", *layers.POSITIONS], ["y"], **attributes)
     kind = _KINDS[held.values["gamma"].dtype if opset < 15 else held.dtype]  # type: ignore[union-attr]
-    shape = ["N", held.channels] if opset >= FIRST_RUN else [1, held.channels]
-    ends = [helper.make_tensor_value_info(name, kind, shape) for name in ("x", "y")]
+    ends = [helper.make_tensor_value_info(name, kind, [rows, held.channels]) for name in ("x", "y")]
     inputs = [ends[0]]
     if opset < 9:  # of an IR version in which initializers are inputs too
         inputs += [helper.make_tensor_value_info(t.name, t.data_type, [held.channels]) for t in tensors]
@@ -98,7 +98,7 @@ def _model(onnx: Any, found: Found, opened: Model) -> Any:
     return made
 
 
-def _affine_model(onnx: Any, found: Found, opened: Model) -> Any:
+def _affine_model(onnx: Any, found: Found, opened: Model, rows: int) -> Any:
     assert found.affine is not None
     helper, tensors = onnx.helper, []
     _, *names = found.affine
@@ -111,7 +111,7 @@ def _affine_model(onnx: Any, found: Found, opened: Model) -> Any:
         channels, kind = max(channels, array.size), _KINDS[value.dtype]
         tensors.append(helper.make_tensor(wanted, kind, [array.size], packed(value.dtype, array), raw=True))
     nodes = [helper.make_node("Mul", ["x", "slope"], ["m"]), helper.make_node("Add", ["m", "intercept"], ["y"])]
-    ends = [helper.make_tensor_value_info(name, kind, ["N", channels]) for name in ("x", "y")]
+    ends = [helper.make_tensor_value_info(name, kind, [rows, channels]) for name in ("x", "y")]
     graph = helper.make_graph(nodes, "layer", [ends[0]], [ends[1]], tensors)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", LATEST_CHANGE)])
     made.ir_version = 8
