@@ -41,9 +41,7 @@ def as_text(report: Report) -> str:
         parts.append(
             table(("target", "source", "channels", "result", "worst check", "error / bound"), rows, right=(2, 5))
         )
-    for note, layers in _counted_notes(report).items():
-        whose = printable(layers[0]) if len(layers) == 1 else f"{len(layers)} layers"
-        parts.append(f"{whose}: {printable(note, 600)}")
+    parts += grouped((layer.target, layer.notes) for layer in report.layers)
     parts += [f"note: {printable(note, 600)}" for note in report.notes]
     parts += [f"{word}: {listed(names, 12)}" for word, names in report.left.items()]
     parts += [f"not run: {printable(what, 300)}" for what in report.not_run]
@@ -86,13 +84,16 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     )
 
 
-def _counted_notes(report: Report) -> dict[str, list[str]]:
-    """Every note of a layer -> the layers that have it."""
+def grouped(notes: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """One line for every different note, of (layer name, its notes): whose it is, or how many layers share it."""
     found: dict[str, list[str]] = {}
-    for layer in report.layers:
-        for note in layer.notes:
-            found.setdefault(note, []).append(layer.target)
-    return found
+    for name, said in notes:
+        for note in said:
+            found.setdefault(note, []).append(name)
+    return [
+        f"{printable(names[0]) if len(names) == 1 else f'{len(names)} layers'}: {printable(note, 600)}"
+        for note, names in found.items()
+    ]
 
 
 def as_dict(report: Report) -> dict[str, Any]:

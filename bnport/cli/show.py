@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_table(layers: Layers, summaries: list[Summary]) -> None:
     from bnport.errors import printable
-    from bnport.report import number, table
+    from bnport.report import grouped, number, table
 
     fields = [field for field in ("gamma", "beta", "mean", "variance") if any(field in s.ranges for s in summaries)]
     rows = []
@@ -56,9 +56,8 @@ def _print_table(layers: Layers, summaries: list[Summary]) -> None:
         row += [f"{number(ranges[f].low)} .. {number(ranges[f].high)}" if f in ranges else "-" for f in fields]
         rows.append(row)
     print(table(("layer", "channels", "epsilon", "momentum", *fields), rows, right=(1,)))
-    for summary in summaries:
-        for warning in summary.warnings:
-            print(f"{printable(summary.layer.name)}: {printable(warning, 400)}")
+    for line in grouped((summary.layer.name, summary.warnings) for summary in summaries):
+        print(line)
     for note in layers.notes:
         print(f"note: {printable(note, 600)}")
     assumed = sum("epsilon" in layer.assumed for layer in layers.values())
