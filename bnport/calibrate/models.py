@@ -20,6 +20,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
+from bnport.adapters.keras.live import find
 from bnport.calibrate.moments import Moments, moments
 from bnport.errors import InvalidValue, NotFound, Unrepresentable, listed, printable
 
@@ -41,7 +42,7 @@ class Stop(BaseException):
 class Norm:
     """One BatchNorm layer of a live model.
 
-    name:     the layer's name; its path in the model where two layers share a name.
+    name:     the layer's name, or outer/inner for one inside another model, as everywhere in bnport.
     channels: C.
     axis:     the channel axis of its input.
     """
@@ -117,23 +118,15 @@ class LiveModel:
         self.norms = self._find_norms()
 
     def _find_norms(self) -> list[Norm]:
-        kinds: list[Any] = [self.keras.layers.BatchNormalization]
-        with contextlib.suppress(AttributeError):
-            kinds.append(self.keras.src.layers.normalization.batch_normalization.BatchNormalizationBase)
-        with contextlib.suppress(AttributeError):  # tf.compat.v1.layers' class, with Keras 2
-            kinds.append(self.keras.__internal__.legacy.layers.BatchNormalization)
-        found: list[tuple[Any, str]] = [
-            (layer, "/".join(path)) for layer, path in _walk(self.model, ()) if isinstance(layer, tuple(kinds))
-        ]
+        found = find(self.model)  # the names that `bnport show` and the written file use
         if not found:
             raise NotFound(f"{self.what}: has no BatchNormalization layer")
-        unbuilt = [path for layer, path in found if not layer.built or layer.moving_mean is None]
+        unbuilt = [name for name, layer in found.items() if not layer.built or layer.moving_mean is None]
         if unbuilt:
             raise InvalidValue(
                 f"{self.what}: not built yet, so {listed(unbuilt, 3)} has no weights; call the model once, or build it"
             )
-        names = [layer.name for layer, _ in found]
-        return [Norm(layer, layer.name if names.count(layer.name) == 1 else path) for layer, path in found]
+        return [Norm(layer, name) for name, layer in found.items()]
 
     @property
     def what(self) -> str:
@@ -184,7 +177,7 @@ class LiveModel:
 
     def _random_state(self) -> list[tuple[Any, Array]]:
         states: list[Any] = []
-        for layer, _ in _walk(self.model, ()):
+        for layer in _below(self.model):
             states += [generator.state for generator in getattr(layer, "_seed_generators", ())]
             generator: Any = getattr(getattr(layer, "_random_generator", None), "_generator", None)  # Keras 2
             states += [generator.state] if hasattr(generator, "state") else []
@@ -318,18 +311,14 @@ def _keras_of(model: Any) -> Any:
         if package in packages and callable(model):
             return sys.modules[package]
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    raise InvalidValue(f"expected a live Keras model, got a {printable(kind)}; for a file use calibrate_file")
+    raise InvalidValue(
+        f"expected a live Keras model, got a {printable(kind)}; for a file use bnport.calibrate.calibrate_file"
+    )
 
 
-def _walk(layer: Any, path: tuple[str, ...], seen: set[int] | None = None) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Every layer below `layer` with its path of names, depth first in the model's own order, each once."""
-    seen = set() if seen is None else seen
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    yield layer, path or (str(getattr(layer, "name", "model")),)
-    children = getattr(layer, "layers", None)
-    tracked = layer._flatten_layers(include_self=False, recursive=False) if hasattr(layer, "_flatten_layers") else ()
-    ordered = list(children) if isinstance(children, list | tuple) else []
-    for child in (*ordered, *tracked):
-        yield from _walk(child, (*path, str(getattr(child, "name", "layer"))), seen)
+def _below(layer: Any) -> list[Any]:
+    """A layer and every layer inside it, each once."""
+    found: list[Any] = (
+        layer._flatten_layers(include_self=True, recursive=True) if hasattr(layer, "_flatten_layers") else []
+    )
+    return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport.calibrate import data as data_module
 from bnport.calibrate.checkpoint import Checkpoint, fingerprint, packed, unpacked
+from bnport.calibrate.folder import ImageFolder
 from bnport.calibrate.frontier import Frontier
 from bnport.calibrate.models import LiveModel
 from bnport.calibrate.moments import Moments
@@ -19,7 +20,7 @@ from bnport.calibrate.store import Store, memory_bytes
 from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from bnport.calibrate.data import Batch, Batches
     from bnport.calibrate.models import Norm
@@ -43,7 +44,7 @@ def calibrate(
     minimum: int = 32,
     limit: int | None = None,
     key: str | None = None,
-    images: Any = None,
+    images: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Calibration:
     """Compute the mean and variance that a live Keras model's BatchNorm layers should hold, from data, and store them.
@@ -60,7 +61,7 @@ def calibrate(
              it they go to files in the folder `spill` (default the system's). Only "population" keeps any.
     resume:  a file for checkpoints; if it is there, the run it belongs to is continued. Deleted at the end.
     minimum: fewer samples are refused. limit: stop after so many.
-    images:  opens a folder of images: path -> batches; see bnport.calibrate.folder.
+    images:  how a folder of images is decoded and scaled: size, scale, preprocessing, ...: see bnport.calibrate.folder.
     progress: called as progress(done, total, what); total is 0 while unknown.
 
     Only moving mean and variance change (with renorm also the three arrays that mirror them): all of them or, on any
@@ -74,8 +75,15 @@ def calibrate(
     live = LiveModel(model)
     selected, left = _select(live, layers, frozen)
     budget = memory_bytes(memory)
+    notes: list[str] = []
+
+    def open_images(path: str) -> ImageFolder:
+        folder = ImageFolder(live, path, batch_size=batch_size, **(images or {}))
+        notes.extend(folder.notes)
+        return folder
+
     batches = data_module.read(
-        data, inputs=live.inputs(), batch_size=batch_size, key=key, minimum=minimum, limit=limit, images=images
+        data, inputs=live.inputs(), batch_size=batch_size, key=key, minimum=minimum, limit=limit, images=open_images
     )
     run = _Run(live, selected, batches, method, unbiased, budget, spill, resume, progress)
     started = time.monotonic()
@@ -102,7 +110,7 @@ def calibrate(
         unbiased=unbiased,
         layers=[_statistics(norm, run.counts[norm.name]) for norm in changed],
         left=left,
-        notes=[*batches.notes, *run.notes],
+        notes=[*notes, *batches.notes, *run.notes],
         figures={**run.figures, "seconds": time.monotonic() - started},
         undo=undo,
     )

@@ -1,0 +1,163 @@
+"""A model file in, a copy with new statistics out: what `bnport calibrate` and `bnport convert --calibrate` do.
+
+Unlike everything else that reads files here, this builds and runs the model, with Keras, in safe mode. Before that its
+config is looked through: Lambda layers and anything that is not Keras' own are refused, so that no code from a file
+runs (older Keras versions do not keep to safe mode for .h5 files).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from bnport import adapters
+from bnport._lazy import np
+from bnport.containers.files import check_output, replace_file
+from bnport.errors import FormatError, InvalidValue, MatchError, MissingDependency, listed, printable
+from bnport.layer import Change
+from bnport.record import BatchNorm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bnport.calibrate.result import Calibration, LayerStatistics
+    from bnport.layer import Layer
+
+_OWN_MODULES = ("keras", "tf_keras", "builtins", "keras_core")
+_LARGEST_CONFIG = 64 << 20
+
+
+def calibrate_file(
+    path: str | os.PathLike[str], data: Any, out: str | os.PathLike[str], *, force: bool = False, **options: Any
+) -> Calibration:
+    """Calibrate the model in the file `path` (.keras, or an .h5 that holds a whole model) on `data`; write `out`.
+
+    `out` is a copy of `path` in which only the selected layers' mean and variance (and, with renorm, what mirrors them)
+    differ; it is read back and compared before it takes its name. `path` is never changed. `options` are those of
+    calibrate(). Raises what calibrate() and the Keras adapter raise, FormatError for a file that is not a whole model
+    or holds code, MissingDependency without Keras, OutputError.
+    """
+    path, out = os.fspath(path), os.fspath(out)
+    check_output(out, force=force, inputs=[path])
+    from bnport.calibrate.run import calibrate
+
+    held = adapters.read(path, format="keras")
+    model = load(path)
+    result = calibrate(model, data, **options)
+    gone = [layer.name for layer in result.layers if layer.name not in held]
+    if gone:
+        raise MatchError(
+            f"{printable(path)}: the loaded model calls a layer {listed(gone, 3)}; the file has {listed(held, 3)}"
+        )
+    changes = {layer.name: _change(held[layer.name], layer) for layer in result.layers}
+    adapter = adapters.load("keras")
+
+    def check(temporary: str) -> None:
+        after = adapters.read(temporary, format="keras")
+        for name, change in changes.items():
+            for field in ("mean", "variance"):
+                if not np.array_equal(after[name].arrays()[field], getattr(change.record, field)):
+                    raise FormatError(
+                        f"{printable(out)}: the {field} of {printable(name)} did not read back as written"
+                    )
+
+    replace_file(out, lambda new: adapter.write(path, changes, new), check, force=force, inputs=[path])
+    return result
+
+
+def _change(layer: Layer, new: LayerStatistics) -> Change:
+    arrays = {field: array for field, array in layer.arrays().items() if field in ("gamma", "beta")}
+    record = BatchNorm(**arrays, mean=new.mean, variance=new.variance, epsilon=layer.epsilon).rounded(layer.dtype)
+    return Change(record, frozenset({"mean", "variance"}))
+
+
+def load(path: str) -> Any:
+    """The live model in a file, built by Keras 3, or by tf_keras where Keras 2 wrote it. Nothing is compiled."""
+    config, version = _config(path)
+    refused = sorted(set(_foreign(config)))
+    if refused:
+        raise FormatError(
+            f"{printable(path)}: holds {listed(refused, 4)}, which this command does not run from a file; load the model"
+            " yourself and call bnport.calibrate(model, data)"
+        )
+    old = version.startswith("2.")
+    keras = _import("tf_keras" if old else "keras", path, version)
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # whatever a builder of arbitrary configs raises
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise FormatError(
+            f"{printable(path)}: {keras.__name__} {keras.__version__} does not load it: {printable(lines[0], 200)}"
+        ) from error
+
+
+def _import(package: str, path: str, version: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependency(
+            f"{printable(path)}: was written by Keras {printable(version or 'of unknown version')}; running it needs the package"
+            f" {package} ({printable(error, 80)})"
+        ) from None
+
+
+def _config(path: str) -> tuple[Any, str]:
+    """The model's config and the Keras version that wrote it."""
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        return _zip_config(path) if is_zip else _h5_config(path)
+    except (OSError, KeyError, ValueError, RecursionError) as error:
+        if isinstance(error, InvalidValue | FormatError):
+            raise
+        raise FormatError(f"{printable(path)}: its model config is not readable: {printable(error, 120)}") from None
+
+
+def _zip_config(path: str) -> tuple[Any, str]:
+    from zipfile import BadZipFile, ZipFile
+
+    try:
+        with ZipFile(path) as archive:
+            texts = []
+            for name in ("config.json", "metadata.json"):
+                if archive.getinfo(name).file_size > _LARGEST_CONFIG:
+                    raise FormatError(f"{printable(path)}: its {name} declares more than {_LARGEST_CONFIG} bytes")
+                texts.append(json.loads(archive.read(name)))
+    except BadZipFile as error:
+        raise FormatError(f"{printable(path)}: {printable(error, 120)}") from None
+    return texts[0], str(texts[1].get("keras_version", ""))
+
+
+def _h5_config(path: str) -> tuple[Any, str]:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        text = file.attrs.get("model_config")
+        version = file.attrs.get("keras_version", "")
+    if text is None:
+        raise FormatError(
+            f"{printable(path)}: holds weights but no model; build the model, load them, and call bnport.calibrate"
+        )
+    version = version.decode() if isinstance(version, bytes) else str(version)
+    return json.loads(text), version
+
+
+def _foreign(config: Any) -> Iterator[str]:
+    """What in a config is code, or needs code that is not Keras' own."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            name, module = value.get("class_name"), value.get("module")
+            if name == "Lambda" or name == "__lambda__" or value.get("function_type") == "lambda":
+                yield "a Lambda layer"
+            elif isinstance(name, str) and value.get("registered_name") and module is None:
+                yield f"the custom class {printable(value['registered_name'])}"
+            if isinstance(module, str) and module.split(".")[0] not in _OWN_MODULES:
+                yield f"{printable(name)} of the module {printable(module)}"
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value

@@ -1,0 +1,203 @@
+"""A folder of images as batches for a Keras model, decoded by Keras' own loaders.
+
+Every image file below the folder, in the order of the paths. How the pixels reach the model is said, never guessed:
+
+    size            (height, width) to resize to; default the model's input size, where that is fixed
+    loader          "load_img": keras.utils.load_img (Pillow), any backend, the default
+                    "dataset": keras.utils.image_dataset_from_directory (needs TensorFlow); resizing differs in detail,
+                    so name the loader that the model was trained with
+    interpolation   "bilinear" (default), "nearest", "bicubic", ... as the loader knows them
+    crop            True: crop to the target's aspect ratio instead of distorting
+    scale           pixels are multiplied by it: "1" for 0 ... 255 as they are, "1/255" for 0 ... 1
+    offset          added after scaling: scale "1/127.5", offset -1 for -1 ... 1
+    preprocessing   instead of scale and offset, the preprocess_input of a keras.applications module: "resnet50"
+
+Without scale or preprocessing the model must begin by rescaling itself (a Rescaling or Normalization layer first).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from bnport._lazy import np
+from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, Question, listed, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bnport.calibrate.models import LiveModel
+    from bnport.record import Array
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # what image_dataset_from_directory takes
+LOADERS = ("load_img", "dataset")
+
+
+class ImageFolder:
+    """Batches of decoded images, float32, by number; see the module for the options.
+
+    Raises NotFound without images, Question where scale or size is not decided, InvalidValue for options that do not fit.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        path: str,
+        *,
+        batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
+        loader: str = "load_img",
+        interpolation: str = "bilinear",
+        crop: bool = False,
+        scale: str | float | None = None,
+        offset: float = 0.0,
+        preprocessing: str | None = None,
+    ) -> None:
+        if loader not in LOADERS:
+            raise InvalidValue(f"loader: expected one of {', '.join(LOADERS)}, got {printable(loader)!r}")
+        self.live, self.path, self.batch_size = live, path, batch_size or 32
+        self.loader, self.interpolation, self.crop = loader, interpolation, crop
+        self.files = _files(path)
+        if not self.files:
+            raise NotFound(f"{printable(path)}: no images ({', '.join(SUFFIXES)}) in this folder or below it")
+        self.channels_first, (height, width, channels) = _input(live)
+        if size is None:
+            if height is None or width is None:
+                raise Question(f"{live.what}: its input has no fixed size; say which with size (--size HEIGHT,WIDTH)")
+            size = (height, width)
+        self.size = (int(size[0]), int(size[1]))
+        modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
+        if channels not in modes:
+            raise InvalidValue(f"{live.what}: its input has {channels} channels; images have 1, 3 or 4")
+        self.mode = modes[channels]
+        self.finish, said = _pixels(live, scale, offset, preprocessing)
+        decoder = "keras.utils.load_img" if loader == "load_img" else "keras.utils.image_dataset_from_directory"
+        self.notes = [
+            f"{len(self.files)} images decoded by {decoder}, {self.mode}, resized to {self.size[0]} x {self.size[1]}"
+            f" ({interpolation}{', cropped to its shape' if crop else ''}); {said}"
+        ]
+        self._dataset: Any = self._open_dataset() if loader == "dataset" else None
+        self._next, self._iterator = -1, iter(())
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Array:
+        """Batch `number`, shape (n, height, width, channels), or channels first if the model is."""
+        if self.loader == "dataset":
+            pixels = self._from_dataset(number)
+        else:
+            part = self.files[number * self.batch_size : (number + 1) * self.batch_size]
+            pixels = np.stack([self._decode(file) for file in part])
+        finished: Array = np.asarray(self.finish(pixels), np.float32)
+        return np.moveaxis(finished, -1, 1) if self.channels_first else finished
+
+    def _decode(self, file: str) -> Array:
+        utils = self.live.keras.utils
+        options = {"keep_aspect_ratio": self.crop}
+        try:
+            image = utils.load_img(
+                file, color_mode=self.mode, target_size=self.size, interpolation=self.interpolation, **options
+            )
+            array: Array = utils.img_to_array(image, data_format="channels_last", dtype="float32")
+        except ImportError:
+            raise MissingDependency("decoding images needs Pillow: pip install pillow") from None
+        except (OSError, SyntaxError) as error:
+            raise FormatError(f"{printable(file)}: not an image that Keras decodes: {printable(error, 120)}") from None
+        except ValueError as error:
+            raise InvalidValue(f"{printable(file)}: {printable(error, 300)}") from None
+        return array
+
+    def _open_dataset(self) -> Any:
+        try:
+            import tensorflow  # noqa: F401
+        except ImportError:
+            raise MissingDependency(
+                "loader 'dataset' needs TensorFlow: pip install 'bnport[tensorflow]', or use load_img"
+            ) from None
+        return self.live.keras.utils.image_dataset_from_directory(
+            self.path, labels=None, color_mode=self.mode, batch_size=self.batch_size, image_size=self.size,
+            shuffle=False, interpolation=self.interpolation, crop_to_aspect_ratio=self.crop, verbose=False,
+        )  # fmt: skip
+
+    def _from_dataset(self, number: int) -> Array:
+        if number != self._next:
+            self._iterator = iter(self._dataset.skip(number))
+        self._next = number + 1
+        try:
+            return np.asarray(next(self._iterator))
+        except StopIteration:
+            raise InvalidValue(f"{printable(self.path)}: images disappeared while they were read") from None
+        except Exception as error:
+            if not type(error).__module__.startswith("tensorflow"):
+                raise
+            first = printable(str(error).splitlines()[0], 160)
+            raise FormatError(
+                f"{printable(self.path)}: an image of batch {number} is not decoded: {first}; loader load_img names it"
+            ) from None
+
+
+def _files(path: str) -> list[str]:
+    found = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders.sort()
+        found += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
+    return found
+
+
+def _input(live: LiveModel) -> tuple[bool, tuple[int | None, int | None, int | None]]:
+    """Whether the model's one image input is channels-first, and its (height, width, channels)."""
+    inputs = live.inputs()
+    if inputs is None or len(inputs) != 1 or len(next(iter(inputs.values()))) != 4:
+        what = "no symbolic inputs" if inputs is None else listed(f"{k} {v}" for k, v in inputs.items())
+        raise InvalidValue(f"{live.what}: a folder of images fits a model with one image input; this one has {what}")
+    _, a, b, c = next(iter(inputs.values()))
+    if c not in (1, 3, 4) and a in (1, 3, 4):
+        return True, (b, c, a)
+    return False, (a, b, c)
+
+
+def _pixels(
+    live: LiveModel, scale: str | float | None, offset: float, preprocessing: str | None
+) -> tuple[Callable[[Array], Any], str]:
+    """What happens to decoded pixels (0 ... 255, float32), and how to say it."""
+    if preprocessing is not None:
+        if scale is not None or offset:
+            raise InvalidValue("preprocessing: it scales by itself; leave scale and offset away")
+        applications = live.keras.applications
+        known = [n for n in dir(applications) if hasattr(getattr(applications, n), "preprocess_input")]
+        if preprocessing not in known:
+            raise NotFound(
+                f"preprocessing: keras.applications has no {printable(preprocessing)!r}; there are {listed(known, 40)}"
+            )
+        function = getattr(applications, preprocessing).preprocess_input
+        return (
+            lambda pixels: function(pixels, data_format="channels_last"),
+            f"keras.applications.{preprocessing}.preprocess_input",
+        )
+    if scale is None:
+        kinds = [type(layer).__name__ for layer in getattr(live.model, "layers", ())]
+        if not {"Rescaling", "Normalization"} & set(kinds[:3]):
+            raise Question(
+                f"{live.what}: how are pixels scaled for it? scale 1 (0 ... 255), 1/255 (0 ... 1), 1/127.5 with offset -1"
+                " (-1 ... 1), or preprocessing with the name of a keras.applications module"
+            )
+        return (lambda pixels: pixels), "pixels 0 ... 255, which the model's own first layers rescale"
+    factor = _number(scale)
+    if factor == 1 and not offset:
+        return (lambda pixels: pixels), "pixels 0 ... 255"
+    return (
+        lambda pixels: pixels * np.float32(factor) + np.float32(offset),
+        f"pixels times {printable(scale)}{f' plus {offset}' if offset else ''}",
+    )
+
+
+def _number(scale: str | float) -> float:
+    top, _, bottom = str(scale).partition("/")
+    try:
+        value = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        raise InvalidValue(f"scale: expected a number or a fraction such as 1/255, got {printable(scale)!r}") from None
+    if not 0 < abs(value) < float("inf"):
+        raise InvalidValue(f"scale: expected a number other than 0, got {printable(scale)!r}")
+    return value
