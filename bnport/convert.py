@@ -198,7 +198,7 @@ def save_records(
         target=destination,
         out=destination,
         layers=layers[0].values(),
-        notes=_said(sources, sources, {name: name for name in sources})[: len(sources)],
+        notes=[*_assumed(sources, sources, "--epsilon"), *sources.notes],
         sha256=digests,
     )
 
@@ -227,20 +227,21 @@ def _path(model: Any) -> str | None:
 
 
 def _said(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> list[str]:
-    """What was assumed about either side, once."""
-    notes = []
-    for layers, names, flag in (
-        (sources, list(pairs.values()), "--epsilon"),
-        (targets, list(pairs), "--target-epsilon"),
-    ):
-        guessed = [layers[name] for name in names if "epsilon" in layers[name].assumed]
-        for value in sorted({layer.epsilon for layer in guessed}):
-            count = sum(layer.epsilon == value for layer in guessed)
-            notes.append(
-                f"epsilon {value!r} assumed for {count} layers: {layers.source} does not store it; set it with {flag}"
-            )
-        notes += layers.notes
-    return notes
+    """What was assumed of either side, and what their readers noted, once each."""
+    return [
+        *_assumed(sources, pairs.values(), "--epsilon"),
+        *sources.notes,
+        *_assumed(targets, pairs, "--target-epsilon"),
+        *targets.notes,
+    ]
+
+
+def _assumed(layers: Layers, names: Iterable[str], flag: str) -> list[str]:
+    guessed = [layers[name].epsilon for name in names if "epsilon" in layers[name].assumed]
+    return [
+        f"epsilon {value!r} assumed for {guessed.count(value)} layers: {layers.source} does not store it; set it with {flag}"
+        for value in sorted(set(guessed))
+    ]
 
 
 def _left(match: Match) -> dict[str, tuple[str, ...]]:

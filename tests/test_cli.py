@@ -70,7 +70,7 @@ def test_show_gives_the_ranges_that_torch_sees(capsys):
         ):
             tensor = state[f"{name}.{key}"]
             assert layer["ranges"][field] == [tensor.min().item(), tensor.max().item()]
-        assert layer["assumed"] == ["epsilon", "momentum"]
+        assert layer["assumed"] == ["epsilon"]
 
 
 def test_show_warns_of_untrained_dead_nan_and_tiny(tmp_path, capsys):
