@@ -62,9 +62,9 @@ def read(source: Any, *, absent: str | None = None, stat: str | None = None) -> 
     """
     if isinstance(source, str):
         return contents(source, absent=absent, stat=stat).layers()
-    from bnport.adapters.keras import live
+    from bnport.adapters.keras.live import read as read_live
 
-    return live.read(source)
+    return read_live(source)
 
 
 def contents(path: str, *, absent: str | None = None, stat: str | None = None) -> Contents:
@@ -73,12 +73,12 @@ def contents(path: str, *, absent: str | None = None, stat: str | None = None) -
 
     file = ReadFile(path)
     if file.size >= 4 and file.pread(0, 4) == b"PK\x03\x04":
-        from bnport.adapters.keras import archive
+        from bnport.adapters.keras.archive import read as read_archive
 
-        return archive.read(file, absent)
-    from bnport.adapters.keras import files
+        return read_archive(file, absent)
+    from bnport.adapters.keras.files import read as read_file
 
-    return files.read(file, absent, stat)
+    return read_file(file, absent, stat)
 
 
 def write(
@@ -89,9 +89,9 @@ def write(
     The arrays are overwritten where they lie. A `.keras` gets epsilon and momentum into its config.json, a full legacy
     `.h5` into its model_config.
     """
-    from bnport.adapters.keras import writing
+    from bnport.adapters.keras.writing import write as write_file
 
-    writing.write(contents(target, absent=absent, stat=stat), changes, out)
+    write_file(contents(target, absent=absent, stat=stat), changes, out)
 
 
 def apply(model: Any, changes: Mapping[str, Change]) -> None:
@@ -100,9 +100,9 @@ def apply(model: Any, changes: Mapping[str, Change]) -> None:
     An epsilon is set on the layer, and the functions that Keras has compiled are dropped on `model` and on every model
     that is known to hold the layer, so that predict, evaluate and fit use it.
     """
-    from bnport.adapters.keras import live
+    from bnport.adapters.keras.live import apply as apply_live
 
-    live.apply(model, changes)
+    apply_live(model, changes)
 
 
 def run(source: Any, layer: str, x: Any) -> dict[str, Any]:
@@ -117,6 +117,6 @@ def run(source: Any, layer: str, x: Any) -> dict[str, Any]:
 
 def run_all(source: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`run` for many layers (name -> x) with one model that is traced once."""
-    from bnport.adapters.keras import running
+    from bnport.adapters.keras.running import run_all as run_layers
 
-    return running.run_all(source, inputs)
+    return run_layers(source, inputs)

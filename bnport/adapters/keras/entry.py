@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bnport.adapters.keras.config import Node
     from bnport.containers.hdf5 import H5Tensor
     from bnport.layer import Kernel, StoredTensor
-    from bnport.record import Array
+    from bnport.record import Array, BatchNorm
 
 OUTSIDE = "the standard deviation is stored; it is divided by as std + epsilon"
 
@@ -153,3 +153,14 @@ class Contents:
                 return entry
         names = listed((e.name for e in self.entries), 5) if self.entries else "none"
         raise NotFound(f"{printable(self.path)}: no BatchNormalization layer {printable(name)!r}; there are {names}")
+
+
+def renorm_arrays(record: BatchNorm, epsilon: float, fields: frozenset[str]) -> dict[str, Array]:
+    """What a renorm layer keeps besides: training goes on from std = sqrt(variance + epsilon) and squares it back."""
+    arrays: dict[str, Array] = {}
+    if fields & {"variance", "epsilon"}:
+        std = np.sqrt(record.variance.astype(np.float64) + epsilon)
+        arrays |= {"moving_stddev": std, "renorm_stddev": std}
+    if "mean" in fields:
+        arrays["renorm_mean"] = record.mean
+    return arrays

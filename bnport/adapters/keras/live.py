@@ -8,12 +8,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
+from bnport.adapters.keras.entry import renorm_arrays
 from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
 from bnport.layer import Layer, Layers
-from bnport.record import FIELDS, UNIT_ROUNDOFF
+from bnport.record import FIELDS
+from bnport.rounding import UNIT_ROUNDOFF, round_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from bnport.layer import Change
     from bnport.record import Array, BatchNorm
@@ -53,8 +55,7 @@ def find(model: Any) -> dict[str, Any]:
             continue
         children = [child for child in _children(holder) if id(child) not in seen]
         seen |= {id(child) for child in children}
-        for child in reversed(children):
-            waiting.append((child, f"{prefix}/{child.name}" if prefix else str(child.name)))
+        waiting += [(c, f"{prefix}/{c.name}" if prefix else str(c.name)) for c in reversed(children)]
     return found
 
 
@@ -157,7 +158,9 @@ def apply(model: Any, changes: Mapping[str, Change]) -> None:
     settings: list[tuple[Any, str, float]] = []
     for name, change in changes.items():
         if name not in found:
-            raise NotFound(f"no BatchNormalization layer {printable(name)!r} in the model; there are {listed(found, 5)}")
+            raise NotFound(
+                f"no BatchNormalization layer {printable(name)!r} in the model; there are {listed(found, 5)}"
+            )
         _plan(name, found[name], change, steps, settings)
     undo: list[Callable[[], None]] = []
     try:
@@ -214,26 +217,14 @@ def _plan(
 def _check_range(where: str, array: Array, dtype: str) -> None:
     if dtype in ("float64",) or (dtype == "float32" and array.dtype == np.float32):
         return
-    from bnport.record import round_to
-
     if not np.isfinite(round_to(array, dtype)).all():
         raise InvalidValue(f"{where}: a value does not fit {dtype}")
 
 
-def renorm_arrays(record: BatchNorm, epsilon: float) -> dict[str, Array]:
-    """What a renorm layer keeps besides: training starts from std = sqrt(variance + epsilon), and squares it back."""
-    std = np.sqrt(record.variance.astype(np.float64) + epsilon)
-    return {"moving_stddev": std, "renorm_mean": record.mean, "renorm_stddev": std}
-
-
-def _renorm(layer: Any, record: BatchNorm, epsilon: float, fields: Iterable[str]) -> list[tuple[Any, Array]]:
+def _renorm(layer: Any, record: BatchNorm, epsilon: float, fields: frozenset[str]) -> list[tuple[Any, Array]]:
     if not getattr(layer, "renorm", False):
         return []
-    arrays = renorm_arrays(record, epsilon)
-    if "mean" not in fields:
-        del arrays["renorm_mean"]
-    if not {"variance", "epsilon"} & set(fields):
-        del arrays["moving_stddev"], arrays["renorm_stddev"]
+    arrays = renorm_arrays(record, epsilon, fields)
     return [(v, array) for name, array in arrays.items() if (v := getattr(layer, name, None)) is not None]
 
 
@@ -285,5 +276,3 @@ def _model_types() -> set[type]:
                 found.add(kind)
                 waiting.extend(kind.__subclasses__())
     return found
-
-

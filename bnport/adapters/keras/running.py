@@ -26,7 +26,9 @@ def run_all(source: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Array
         layers = {}
         for name in inputs:
             if name not in found:
-                raise NotFound(f"no BatchNormalization layer {printable(name)!r} in the model; there are {listed(found, 5)}")
+                raise NotFound(
+                    f"no BatchNormalization layer {printable(name)!r} in the model; there are {listed(found, 5)}"
+                )
             layers[name] = found[name]
         package = _keras(next((_package_of(layer) for layer in layers.values()), "keras"))
     shaped = {name: _shaped(layers[name], np.asarray(x), name) for name, x in inputs.items()}
@@ -104,9 +106,12 @@ def _from_file(path: str, names: list[str]) -> dict[str, Any]:
 
 
 def _built(package: Any, entry: Entry) -> Any:
-    config = {"epsilon": entry.default_epsilon if entry.epsilon is None else entry.epsilon, "renorm": False}
+    config: dict[str, Any] = {
+        "epsilon": entry.default_epsilon if entry.epsilon is None else entry.epsilon,
+        "renorm": False,
+    }
     tensors = entry.tensors()
-    config |= {"scale": "gamma" in tensors, "center": "beta" in tensors, "dtype": _policy(entry.dtype)}
+    config |= {"scale": "gamma" in tensors, "center": "beta" in tensors, "dtype": entry.dtype}
     if "moving_stddev" in tensors:
         config["renorm"] = True
     else:
@@ -119,7 +124,3 @@ def _built(package: Any, entry: Entry) -> Any:
         layer.epsilon = 0.0
     layer.load_own_variables({str(i): array for i, array in enumerate(arrays.values())})
     return layer
-
-
-def _policy(dtype: str) -> str:
-    return dtype
