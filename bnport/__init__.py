@@ -12,11 +12,55 @@ Importing this imports no framework, and no numpy before it is needed.
 
 from __future__ import annotations
 
-from bnport.adapters import read
-from bnport.convert import convert, save_records, verify
-from bnport.layer import Layer, Layers
-from bnport.record import BatchNorm
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnport.adapters import read
+    from bnport.assign import set_weights
+    from bnport.convert import convert, save_records, verify
+    from bnport.layer import Layer, Layers
+    from bnport.record import BatchNorm
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchNorm", "Layer", "Layers", "convert", "read", "save_records", "verify"]
+__all__ = ["BatchNorm", "Layer", "Layers", "convert", "read", "save_records", "set_weights", "verify"]
+
+_HOMES = {
+    "BatchNorm": "record",
+    "Layer": "layer",
+    "Layers": "layer",
+    "convert": "convert",
+    "read": "adapters",
+    "save_records": "convert",
+    "set_weights": "assign",
+    "verify": "convert",
+}
+
+
+class _Package(ModuleType):
+    """Brings a public name in at its first use (eager imports would double the time of `bnport show`).
+
+    Some functions are called as the module they live in (`bnport.convert`): the import system then binds the module
+    under that name, and that is ignored.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'bnport' has no attribute {name!r}")
+        from importlib import import_module
+
+        value: object = getattr(import_module(f"bnport.{_HOMES[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
