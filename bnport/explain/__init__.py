@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnport.explain.elsewhere import from_elsewhere
 from bnport.explain.layers import Diagnosis, Mistake, diagnose
-from bnport.explain.words import MISTAKES, as_dict, as_text, repair
+from bnport.explain.words import MISTAKES, Repair, as_dict, as_text
 from bnport.verify import compare
 
 if TYPE_CHECKING:
@@ -69,12 +69,14 @@ def explain(
     source: str = "",
     port: str = "",
     live: bool = False,
+    command_options: str = "",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Explanation:
     """Which known mistakes turn the layers of `sources` into those of `ported`, paired by `pairs` (ported -> source).
 
     source and port name the two in the repair commands (default: their `source` attributes, if they are Layers); live
-    says that the port is a model in memory. Layers that are the same function are never explained.
+    says that the port is a model in memory; command_options is added to the commands. Layers that are the same function
+    are never explained.
     """
     source = source or getattr(sources, "source", "SOURCE")
     port = port or getattr(ported, "source", "PORTED")
@@ -95,7 +97,7 @@ def explain(
     for name, mistake in _momenta(sources, ported, pairs):
         found.setdefault("momentum", []).append((name, mistake))
     verdicts = [
-        _verdict(kind, made, [sources[pairs[name]] for name, _ in made], source, port, live)
+        _verdict(kind, made, [sources[pairs[name]] for name, _ in made], Repair(source, port, live, command_options))
         for kind, made in found.items()
     ]  # fmt: skip
     verdicts.sort(key=lambda verdict: -len(verdict.layers))
@@ -104,9 +106,7 @@ def explain(
     return Explanation(source, port, len(pairs), differing, tuple(verdicts), unexplained, leads, diagnoses)
 
 
-def _verdict(
-    kind: str, made: list[tuple[str, Mistake]], sources: list[Layer], source: str, port: str, live: bool
-) -> Verdict:
+def _verdict(kind: str, made: list[tuple[str, Mistake]], sources: list[Layer], repair: Repair) -> Verdict:
     from bnport.errors import printable
 
     name, first = max(made, key=lambda pair: len(pair[1].fields))
@@ -117,8 +117,8 @@ def _verdict(
     if len(constants) == len(made) > 1 and max(constants) - min(constants) <= 1e-6 * max(constants):
         evidence += f" (the same {constants[0]:.6g} in {len(made)} layers)"
     assumed = sources[0].epsilon if all("epsilon" in layer.assumed for layer in sources) else None
-    fix = repair(kind, source, port, live=live, assumed=assumed, found=first.constant)
-    return Verdict(kind, MISTAKES[kind].title, tuple(name for name, _ in made), evidence, fix)
+    names = tuple(name for name, _ in made)
+    return Verdict(kind, MISTAKES[kind].title, names, evidence, repair.of(kind, assumed, first.constant))
 
 
 def _momenta(

@@ -61,35 +61,43 @@ MISTAKES: dict[str, Known] = {
 }
 
 
-def shown_path(model: str) -> str:
+class Repair(NamedTuple):
+    """What a repair needs to know of the two models."""
+
+    source: str
+    ported: str
+    live: bool = False  # the port is a model in memory
+    options: str = ""  # what the command line must repeat
+
+    def of(self, kind: str, assumed: float | None, found: float | None) -> str:
+        """The command that repairs a mistake, and on a second line what else the answer may be.
+
+        assumed: the source's epsilon if it is only assumed; found: the constant that was found in the port.
+        """
+        if self.live:
+            more = ', momentum="port"' if kind == "momentum" else ""
+            command = f"bnport.convert(source, model{more})"
+        else:
+            command = (
+                f"bnport convert {_argument(self.source)} {_argument(self.ported)} -o {_argument(_fixed(self.ported))}"
+            )
+            command += f" {self.options}" if self.options else ""
+            command += " --momentum port" if kind == "momentum" else ""
+        instead = MISTAKES[kind].instead
+        if kind == "epsilon" and assumed is not None:
+            option = f"epsilon={found!r}" if self.live else f"--epsilon {found!r}"
+            instead = (
+                f"the source does not store its epsilon, {assumed!r} is assumed: if the model was built with {found!r}, the"
+                f" port is right, and {option} says so"
+            )
+        return f"{command}\n{instead}" if instead else command
+
+
+def _argument(model: str) -> str:
     """A path as an argument on a command line."""
     import shlex
 
     return shlex.quote(printable(model))
-
-
-def repair(
-    kind: str, explanation_source: str, ported: str, *, live: bool, assumed: float | None, found: float | None
-) -> str:
-    """What to do about a mistake: the command, and what else the answer may be."""
-    if live:
-        command = "bnport.convert(source, model)"
-        if kind == "momentum":
-            command = 'bnport.convert(source, model, momentum="port")'
-    else:
-        command = (
-            f"bnport convert {shown_path(explanation_source)} {shown_path(ported)} -o {shown_path(_fixed(ported))}"
-        )
-        if kind == "momentum":
-            command += " --momentum port"
-    instead = MISTAKES[kind].instead
-    if kind == "epsilon" and assumed is not None:
-        option = f"epsilon={found!r}" if live else f"--epsilon {found!r}"
-        instead = (
-            f"the source does not store its epsilon, {assumed!r} is assumed: if the model was built with {found!r}, the"
-            f" port is right, and {option} says so"
-        )
-    return f"{command}\n   {instead}" if instead else command
 
 
 def _fixed(path: str) -> str:
@@ -130,7 +138,7 @@ def _body(verdict: Verdict, compared: int) -> list[str]:
     where = f"all {count} layers" if count == compared > 1 else listed(verdict.layers, 4)
     lines = [f"   where:    {where}", f"   evidence: {verdict.evidence}"]
     first, *rest = verdict.repair.split("\n")
-    return [*lines, f"   repair:   {first}", *(f"             {line.strip()}" for line in rest)]
+    return [*lines, f"   repair:   {first}", *(f"             {line}" for line in rest)]
 
 
 def as_dict(explanation: Explanation) -> dict[str, Any]:
