@@ -1,0 +1,168 @@
+"""PyTorch: checkpoints, whole modules, TorchScript, torch.export, safetensors, and live models.
+
+| theirs                  | ours      | note                                                                      |
+|-------------------------|-----------|---------------------------------------------------------------------------|
+| weight                  | gamma     | absent with affine=False: ones. InPlaceABN: gamma = abs(weight) + eps     |
+| bias                    | beta      | absent with affine=False or bias=False: zeros                             |
+| running_mean            | mean      | track_running_stats=False holds none, and is refused                      |
+| running_var             | variance  | the unbiased estimate, copied as it is                                    |
+| eps                     | epsilon   | not in a state dict: 1e-5 is assumed and said; --epsilon sets it          |
+| momentum                | momentum  | ours = 1 - theirs (theirs weighs the new value); None: cumulative average |
+| num_batches_tracked     | -         | 0 with mean 0 and variance 1: noted as untrained                          |
+
+Read without torch, and without running anything that is in the file:
+
+.pt .pth .bin .ckpt .tar   torch.save: zip (1.6 and later), legacy stream, old tar. State dicts; checkpoints that nest
+                           them (state_dict, model, model_ema, ...): with several, --key chooses; whole modules.
+.pt .pth .jit              TorchScript, scripted or traced: epsilon from the code.
+.pt2                       torch.export: epsilon, kernels and graph.
+.safetensors               with torch's names.
+
+Names are given without the prefixes module. (DataParallel) and _orig_mod. (torch.compile).
+Options: key (where in the checkpoint), inplace_abn (gamma = abs(weight) + eps; a state dict does not tell).
+Live: any nn.Module or state dict; torch's own, SyncBatchNorm, timm's and FrozenBatchNorm2d (torchvision, detectron2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bnport.containers.files import ReadFile
+from bnport.errors import BnportError, FormatError, printable
+from bnport.layer import Layers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bnport.adapters.torch.checkpoint import Checkpoint
+    from bnport.layer import Change
+
+SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".tar", ".jit", ".safetensors")
+PACKAGES = ("torch",)
+
+_NONE_FOUND = "no running statistics (running_mean and running_var) anywhere in it"
+
+
+def recognise(head: bytes, path: str) -> bool:
+    """A zip with a data.pkl or models/model.json in its top folder, a legacy stream or tar, or safetensors not ours."""
+    from bnport.adapters.torch.checkpoint import LEGACY_MAGIC, is_tar
+
+    if head.startswith(b"PK"):
+        return _zip_kind(path) != ""
+    if head.startswith(LEGACY_MAGIC) or is_tar(head):
+        return True
+    if head[8:9] == b"{" and not head.startswith(b"{"):
+        from bnport.containers.safetensors import is_safetensors, open_safetensors
+
+        if not is_safetensors(head):
+            return path.lower().endswith(".safetensors")
+        try:
+            return open_safetensors(path)[1].get("format") != "bnport"
+        except BnportError:
+            return path.lower().endswith(".safetensors")
+    return path.lower().endswith(".safetensors") and len(head) > 0
+
+
+def _zip_kind(path: str) -> str:
+    """ "save", "export", or "" for a zip of something else; a damaged zip with one of our suffixes counts as "save"."""
+    from bnport.adapters.torch.checkpoint import zip_root
+    from bnport.containers.zip import Archive
+
+    try:
+        archive = Archive(ReadFile(path), without_checksums=True)
+    except BnportError:
+        return "save" if path.lower().endswith(SUFFIXES) else ""
+    if zip_root(archive) is not None:
+        return "save"
+    return "export" if zip_root(archive, "models/model.json") is not None else ""
+
+
+def read(source: Any, *, key: str | None = None, inplace_abn: bool | None = None) -> Layers:
+    """The BatchNorm layers of a file (str) or of a live module or state dict.
+
+    `key`: which model of a nested checkpoint ("model_ema", "nets.generator"). `inplace_abn`: whether the weights are
+    InPlaceABN's, whose gamma is abs(weight) + eps; None takes that from the class where it is known, else False.
+    Raises FormatError for a file that is not understood, Question if several models fit and no key is given.
+    """
+    if not isinstance(source, str):
+        from bnport.adapters.torch.live import read_live
+
+        return read_live(source, key, inplace_abn)
+    file = ReadFile(source)
+    if source.lower().endswith(".safetensors") or file.pread(8, min(1, max(0, file.size - 8))) == b"{":
+        return _read_safetensors(source, inplace_abn)
+    checkpoint = _opened(file)
+    from bnport.adapters.torch.modules import layers_of_module, state_of
+    from bnport.adapters.torch.script import is_script, layers_of_script
+    from bnport.adapters.torch.search import chosen, models_in
+    from bnport.adapters.torch.state import layers_of_state
+
+    where = checkpoint.where
+    if is_script(checkpoint):
+        scripted, more = layers_of_script(checkpoint, inplace_abn)
+        return Layers(scripted, source=source, format="torch", notes=[*checkpoint.notes, *more])
+    found = models_in(checkpoint.value, checkpoint, lambda value: state_of(value) is not None)
+    if any(candidate.tensors is None for candidate in found):  # modules without BatchNorm are no candidates
+        found = [c for c in found if c.tensors is not None or layers_of_module(c.value, checkpoint, inplace_abn)[0]]
+    model, notes = chosen(found, key, where)
+    notes = [*checkpoint.notes, *notes]
+    if model is None:
+        return Layers(source=source, format="torch", notes=[*notes, _NONE_FOUND])
+    if model.tensors is not None:
+        versions = checkpoint.versions(model.value)
+        layers, more = layers_of_state(model.tensors, versions, where, inplace_abn)
+    else:
+        layers, more = layers_of_module(model.value, checkpoint, inplace_abn)
+    return Layers(layers, source=source, format="torch", notes=[*notes, *more])
+
+
+def _opened(file: ReadFile) -> Checkpoint:
+    """The checkpoint in a file of torch.save or torch.jit.save."""
+    from bnport.adapters.torch.checkpoint import LEGACY_MAGIC, is_tar, open_legacy, open_tar, open_zip, zip_root
+    from bnport.containers.zip import Archive
+
+    head = file.pread(0, min(512, file.size))
+    if head.startswith(b"PK"):
+        archive = Archive(file, without_checksums=True)
+        root = zip_root(archive)
+        if root is None:
+            raise FormatError(f"{printable(file.path)}: a zip archive without a data.pkl in its one top folder")
+        return open_zip(file, archive, root)
+    if head.startswith(LEGACY_MAGIC):
+        return open_legacy(file)
+    if is_tar(head):
+        return open_tar(file)
+    raise FormatError(f"{printable(file.path)}: neither a zip, a legacy stream nor a tar of torch.save")
+
+
+def _read_safetensors(path: str, inplace_abn: bool | None) -> Layers:
+    from bnport.adapters.torch.state import layers_of_state
+    from bnport.containers.safetensors import open_safetensors
+
+    tensors, metadata = open_safetensors(path)
+    if metadata.get("format") == "bnport":
+        raise FormatError(f"{printable(path)}: is bnport's own record file, not a PyTorch model")
+    layers, notes = layers_of_state(tensors, {}, printable(path), inplace_abn)
+    return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
+
+
+def apply(model: Any, changes: Mapping[str, Change], *, inplace_abn: bool | None = None) -> None:
+    """Write into a live module or state dict: all layers, or on any error none.
+
+    epsilon and momentum are set as attributes (eps; momentum = 1 - ours). Raises NotFound for an unknown layer,
+    InvalidValue for a wrong width or a value that the stored dtype cannot hold.
+    """
+    from bnport.adapters.torch.live import apply_live
+
+    apply_live(model, changes, inplace_abn)
+
+
+def run(source: Any, layer: str, x: Any, *, key: str | None = None, inplace_abn: bool | None = None) -> dict[str, Any]:
+    """x of shape (N, C) through one layer by torch itself, at inference.
+
+    A live module: its own layer's forward, without hooks and without an activation that it may carry, in eval mode.
+    A file or state dict: torch.nn.functional.batch_norm, which is what such a layer calls, with the stored numbers.
+    """
+    from bnport.adapters.torch.live import run_live
+
+    return run_live(source, layer, x, key, inplace_abn)

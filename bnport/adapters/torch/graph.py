@@ -1,0 +1,83 @@
+"""Which kernel feeds a live BatchNorm, and which other ones lie before it: by torch.fx, without an example input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+# What passes every channel on by itself, so that the kernel before it still decides what the channels are
+_CHANNELWISE_MODULES = ("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SiLU", "GELU", "Hardswish", "Sigmoid", "Tanh",
+                        "Mish", "Identity", "Dropout", "Dropout2d", "MaxPool2d", "AvgPool2d", "ZeroPad2d", "MaxPool1d",
+                        "AvgPool1d", "MaxPool3d", "AvgPool3d", "AdaptiveAvgPool2d", "BlurPool2d")  # fmt: skip
+_CHANNELWISE_CALLS = ("relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "sigmoid", "tanh",
+                      "dropout", "dropout2d", "max_pool2d", "avg_pool2d", "pad", "contiguous", "max_pool1d",
+                      "max_pool3d", "boolean_dispatch", "clone", "detach")  # fmt: skip
+
+
+def traced(model: Any, norms: Iterable[str]) -> dict[str, tuple[str, tuple[str, ...]]] | None:
+    """BatchNorm name -> (name of the module whose kernel feeds it or "", names of the BatchNorms just before it).
+
+    None if the model cannot be traced symbolically (its path depends on the data) or tracing does not meet all `norms`.
+    """
+    import logging
+
+    import torch
+    import torch.fx
+
+    wanted = set(norms)
+    kernels = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
+
+    class Tracer(torch.fx.Tracer):  # type: ignore[misc]
+        def is_leaf_module(self, m: Any, module_qualified_name: str) -> bool:
+            return (
+                module_qualified_name in wanted
+                or isinstance(m, kernels)
+                or bool(super().is_leaf_module(m, module_qualified_name))
+            )
+
+    if isinstance(model, torch.jit.ScriptModule) or wanted == {""}:
+        return None
+    modules = dict(model.named_modules())
+    modes = {m: m.training for m in modules.values()}
+    logging_level = logging.root.manager.disable
+    try:
+        logging.disable(logging.CRITICAL)
+        graph = Tracer().trace(model)
+    except Exception:  # whatever the user's forward does with a stand-in for a tensor
+        return None
+    finally:
+        logging.disable(logging_level)
+        for module, training in modes.items():
+            module.training = training
+    return _walked(graph, modules, wanted, kernels)
+
+
+def _walked(
+    graph: Any, modules: Mapping[str, Any], wanted: set[str], kernels: tuple[type, ...]
+) -> dict[str, tuple[str, tuple[str, ...]]] | None:
+    before: dict[Any, dict[str, None]] = {}  # the BatchNorms that reach a node with none between, in order
+    feeds: dict[Any, str] = {}  # the kernel module that a node's channels come from
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for node in graph.nodes:
+        reached: dict[str, None] = {}
+        for source in node.all_input_nodes:
+            reached.update(before[source])
+        fed_by = feeds.get(node.all_input_nodes[0], "") if len(node.all_input_nodes) == 1 else ""
+        before[node], feeds[node] = reached, ""
+        if node.op == "call_module":
+            module = modules.get(node.target)
+            if node.target in wanted:
+                kernel, inputs = found.get(node.target, (fed_by, ()))
+                found[node.target] = (kernel if kernel == fed_by else "", tuple(dict.fromkeys((*inputs, *reached))))
+                before[node] = {node.target: None}
+            elif isinstance(module, kernels):
+                feeds[node] = node.target
+            elif type(module).__name__ in _CHANNELWISE_MODULES:
+                feeds[node] = fed_by
+        elif node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            if name in _CHANNELWISE_CALLS:
+                feeds[node] = fed_by
+    return found if set(found) == wanted else None

@@ -1,0 +1,161 @@
+"""What is common to every way that torch stores a BatchNorm: the checks, the Layer, and the kernel that feeds it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnport._lazy import np
+from bnport.adapters.torch.tensors import FLOATS
+from bnport.errors import FormatError, InvalidValue, printable
+from bnport.layer import Kernel, Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from bnport.containers.tensor import Tensor
+    from bnport.record import Array
+
+EPSILON = 1e-5  # torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm; not in state dicts
+FIELD_OF = {"weight": "gamma", "bias": "beta", "running_mean": "mean", "running_var": "variance"}
+_ONES = {"float64": b"\0\0\0\0\0\0\xf0?", "float32": b"\0\0\x80?", "float16": b"\0<", "bfloat16": b"\x80?"}
+
+NO_STATISTICS = (
+    "holds no running statistics (track_running_stats=False): it normalises each batch by itself, so there is no fixed"
+    " function to port. Set track_running_stats=True, run training batches through it (bnport calibrate does), save again"
+)
+LAZY = "is a lazy layer that has not seen a batch yet; run one batch through the model, then save it"
+
+
+def make_layer(
+    name: str,
+    tensors: Mapping[str, Tensor | None],
+    where: str,
+    *,
+    epsilon: float | None = None,
+    momentum: float | None = None,
+    counter: Tensor | None = None,
+    inplace_abn: bool = False,
+    holds: Iterable[str] = (),
+    kernel: Kernel | None = None,
+    inputs: tuple[str, ...] | None = None,
+    notes: Iterable[str] = (),
+) -> Layer:
+    """A Layer from torch's four tensors, checked.
+
+    `tensors`: weight, bias, running_mean, running_var; the first two may be missing. `epsilon`: None assumes torch's
+    default. `momentum`: torch's, the fraction of the NEW value. `counter`: num_batches_tracked. `inplace_abn`: gamma is
+    |weight| + epsilon. `holds`: of epsilon and momentum, what the source could hold if written to.
+    Raises FormatError, naming file and tensor, for a missing or badly shaped array.
+    """
+    shown = f"{where}: {printable(name)}"
+    present = {theirs: tensor for theirs, tensor in tensors.items() if tensor is not None}
+    for theirs in ("running_mean", "running_var"):
+        if theirs not in present:
+            raise FormatError(f"{shown}: {theirs} is missing")
+    shape = present["running_mean"].shape
+    for theirs, tensor in present.items():
+        if tensor.dtype not in FLOATS:
+            raise FormatError(f"{shown}.{theirs}: expected floating-point numbers, got dtype {printable(tensor.dtype)}")
+        if len(tensor.shape) != 1 or tensor.shape != shape or not tensor.size:
+            raise FormatError(
+                f"{shown}.{theirs}: expected shape (channels,), the same for all; got {tensor.shape},"
+                f" running_mean has {shape}"
+            )
+    assumed = ["epsilon"] if epsilon is None else []
+    epsilon = EPSILON if epsilon is None else epsilon
+    dtypes = sorted({tensor.dtype for tensor in present.values()}, key=FLOATS.index)
+    notes = list(notes)
+    if len(dtypes) > 1:
+        notes.append(f"stored as {' and '.join(dtypes)}")
+    if inplace_abn:
+        notes.append("InPlaceABN: gamma is |weight| + epsilon")
+    if counter is not None and _untrained(present, counter):
+        notes.append("untrained: it never saw a batch (num_batches_tracked 0, mean 0, variance 1)")
+    by_field = {FIELD_OF[theirs]: tensor for theirs, tensor in present.items()}
+
+    def load() -> dict[str, Array]:
+        arrays = {field: tensor.array() for field, tensor in by_field.items()}
+        if inplace_abn and "gamma" in arrays:
+            arrays["gamma"] = np.abs(arrays["gamma"].astype(np.float64)) + epsilon
+        return arrays
+
+    try:
+        return Layer(
+            name,
+            channels=shape[0],
+            epsilon=epsilon,
+            load=load,
+            momentum=None if momentum is None else round(1 - momentum, 12),
+            stores=[*by_field, *holds],
+            assumed=assumed,
+            dtype=dtypes[-1],
+            tensors={f: t for f, t in by_field.items() if not (inplace_abn and f == "gamma")},
+            kernel=kernel,
+            inputs=inputs,
+            notes=notes,
+        )
+    except InvalidValue as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def _untrained(tensors: Mapping[str, Tensor], counter: Tensor) -> bool:
+    """Whether the counter is 0 and mean and variance are still what they were initialised to."""
+    if counter.size != 1 or counter.dtype not in ("int64", "int32", *FLOATS) or any(counter.read()):
+        return False
+    mean, variance = tensors["running_mean"], tensors["running_var"]
+    return not any(mean.read()) and variance.read() == _ONES[variance.dtype] * variance.size
+
+
+# ---- the kernel that feeds a layer
+
+
+class Definition:
+    """A kernel or BatchNorm in the order of definition: its module's name, and for a kernel what it is."""
+
+    __slots__ = ("kernel", "name", "out")
+
+    def __init__(self, name: str, out: int, kernel: Kernel | None = None) -> None:
+        self.name, self.out, self.kernel = name, out, kernel
+
+    @property
+    def parent(self) -> str:
+        """The name of the module that holds it."""
+        return self.name.rpartition(".")[0]
+
+
+def kernel_of(name: str, tensor: Tensor, *, kind: str | None = None, first: bool = False) -> Kernel:
+    """A conv or linear weight in torch's layout (out, in / groups, *spatial), which is the neutral one.
+
+    `kind` None guesses from the shape: one input channel and a spatial extent is a depthwise kernel, unless it is the
+    `first` of the model (grey images). A transposed kernel (in, out / groups, *spatial) swaps its first two axes.
+    """
+    shape = tensor.shape
+    if kind is None:
+        depthwise = len(shape) > 2 and shape[1] == 1 and shape[0] > 1 and not first
+        kind = "dense" if len(shape) == 2 else "depthwise" if depthwise else "conv"
+    if kind == "transposed":
+        shape = (shape[1], shape[0], *shape[2:])
+        return Kernel(kind, shape, name, lambda: np.swapaxes(tensor.array(), 0, 1))
+    return Kernel(kind, shape, name, tensor.array)
+
+
+def feeding(definitions: Iterable[Definition]) -> dict[str, Kernel]:
+    """BatchNorm name -> the kernel that feeds it, as far as the order of definition tells beyond doubt.
+
+    A kernel counts if it is the only one defined in the BatchNorm's own module since the BatchNorm before, directly
+    precedes it, and has as many outputs as it has channels. Pre-activation networks define the BatchNorm before the
+    kernel, so it finds none there, or the one of another module, which does not count either.
+    """
+    found: dict[str, Kernel] = {}
+    since: list[Definition] = []
+    for definition in definitions:
+        if definition.kernel is not None:
+            since.append(definition)
+            continue
+        beside = [d for d in since if definition.parent in (d.parent, d.name)]  # d.name: ConvBn holds its own kernel
+        if len(beside) == 1 and since[-1] is beside[0] and beside[0].out == definition.out:
+            kernel = beside[0].kernel
+            if kernel is not None:
+                found[definition.name] = kernel
+        since = []
+    return found

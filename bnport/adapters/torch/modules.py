@@ -1,0 +1,178 @@
+"""BatchNorm layers in a whole pickled nn.Module, read from its recorded state without its class and without running it.
+
+Here epsilon, momentum, groups and the kind of every layer are real. Works for classes that are not installed, because
+nn.Module keeps everything in three dicts: _modules, _parameters and _buffers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bnport.adapters.torch.layers import LAZY, NO_STATISTICS, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.state import ROOT, plain_names
+from bnport.containers.pickle import Global, Node
+from bnport.errors import FormatError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bnport.adapters.torch.checkpoint import Checkpoint
+    from bnport.layer import Kernel, Layer
+
+DEPTH = 100  # of modules in modules
+MODULES = 100_000
+
+
+def state_of(value: Any) -> dict[str, Any] | None:
+    """The __dict__ of a pickled nn.Module, or None if the value is none."""
+    if not isinstance(value, Node):
+        return None
+    state = value.state
+    if not isinstance(state, dict) and value.path == "torch.fx.graph_module.reduce_graph_module" and value.args:
+        state = value.args[0]
+    return state if isinstance(state, dict) and "_modules" in state and "_buffers" in state else None
+
+
+def class_of(value: Any) -> str:
+    """ "module.Class" of a pickled object."""
+    if isinstance(value, Node):
+        if value.path in ("copy_reg._reconstructor", "copyreg._reconstructor") and value.args:
+            base = value.args[0]
+            return base.path if isinstance(base, Global) else ""
+        return value.path
+    return ""
+
+
+def layers_of_module(root: Any, checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
+    """The BatchNorm layers of a pickled module, in its own order, and notes about the whole."""
+    modules = list(_named(root, checkpoint))
+    plain, notes = plain_names([name for name, _, _ in modules if name])
+    plain[""] = ROOT
+    kernels = feeding(_definitions(modules, plain, checkpoint))
+    layers, instance_norms = [], 0
+    for name, kind, state in modules:
+        short = kind.rpartition(".")[2]
+        if "InstanceNorm" in short:
+            instance_norms += 1
+        elif _is_batchnorm(short, state, checkpoint):
+            layers.append(_layer(plain[name], short, state, checkpoint, inplace_abn, kernels.get(plain[name])))
+    if instance_norms:
+        notes.append(f"{instance_norms} InstanceNorm layers are not BatchNorm and were left alone")
+    return layers, notes
+
+
+def _named(root: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(name, class, state) of every module, depth first, each object once, as named_modules() gives them."""
+    seen: set[int] = set()
+    pending = [("", root, 0)]
+    while pending:
+        name, value, depth = pending.pop()
+        state = state_of(value)
+        if state is None or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if depth > DEPTH or len(seen) > MODULES:
+            raise FormatError(f"{checkpoint.where}: {printable(name)}: modules nested too deep or too many")
+        yield name, class_of(value), state
+        children = checkpoint.items(state["_modules"]) or {}
+        below = [(f"{name}.{key}" if name else str(key), child, depth + 1) for key, child in children.items()]
+        pending.extend(reversed(below))
+
+
+def _get(state: dict[str, Any], name: str, checkpoint: Checkpoint) -> Any:
+    for group in ("_parameters", "_buffers"):
+        items = checkpoint.items(state.get(group)) or {}
+        if items.get(name) is not None:
+            return items[name]
+    return None
+
+
+def _is_batchnorm(short: str, state: dict[str, Any], checkpoint: Checkpoint) -> bool:
+    buffers = checkpoint.items(state.get("_buffers")) or {}
+    if buffers.get("running_mean") is not None and buffers.get("running_var") is not None:
+        return True
+    # num_features and track_running_stats: attributes of torch's own _NormBase and of nothing else
+    return "BatchNorm" in short and "running_mean" in buffers and "track_running_stats" in state
+
+
+def _layer(
+    name: str,
+    short: str,
+    state: dict[str, Any],
+    checkpoint: Checkpoint,
+    inplace_abn: bool | None,
+    kernel: Kernel | None,
+) -> Layer:
+    where = f"{checkpoint.where}: {printable(name)}"
+    values = {n: _get(state, n, checkpoint) for n in ("weight", "bias", "running_mean", "running_var")}
+    if any(isinstance(v, Node) and "Uninitialized" in _innermost(v) for v in values.values()):
+        raise FormatError(f"{where} {LAZY}")
+    if values["running_mean"] is None:
+        raise FormatError(f"{where} {NO_STATISTICS}")
+    tensors = {n: checkpoint.tensor(v, f"{name}.{n}") for n, v in values.items()}
+    for n, value in values.items():
+        if value is not None and tensors[n] is None:
+            raise FormatError(f"{where}.{n}: is no tensor that is understood here")
+    epsilon, momentum = state.get("eps"), state.get("momentum")
+    if momentum is not None and not isinstance(momentum, float | int):
+        raise FormatError(f"{where}: momentum {printable(momentum)} is no number")
+    notes = []
+    activation = (checkpoint.items(state.get("_modules")) or {}).get("act") or state.get("activation")
+    shown = activation if isinstance(activation, str) else class_of(activation).rpartition(".")[2]
+    if shown and shown.lower() not in ("identity", "none"):
+        notes.append(f"{short} applies {printable(shown)} after it, which is not part of the record")
+    inplace = short.startswith("InPlaceABN") if inplace_abn is None else inplace_abn
+    counter = _get(state, "num_batches_tracked", checkpoint)
+    return make_layer(
+        name,
+        tensors,
+        checkpoint.where,
+        epsilon=epsilon,
+        momentum=momentum,
+        counter=checkpoint.tensor(counter, f"{name}.num_batches_tracked"),
+        inplace_abn=inplace and tensors["weight"] is not None,
+        kernel=kernel,
+        notes=notes,
+    )
+
+
+def _innermost(value: Node) -> str:
+    """The class or function behind a parameter."""
+    for _ in range(4):
+        inner = value.args[0] if value.args else None
+        if isinstance(inner, Global):
+            return f"{value.path} {inner.path}"
+        if not isinstance(inner, Node):
+            break
+        value = inner
+    return value.path
+
+
+def _definitions(
+    modules: list[tuple[str, str, dict[str, Any]]], plain: dict[str, str], checkpoint: Checkpoint
+) -> list[Definition]:
+    definitions: list[Definition] = []
+    for name, kind, state in modules:
+        short = kind.rpartition(".")[2]
+        tensor = checkpoint.tensor(_get(state, "weight", checkpoint), name)
+        if _is_batchnorm(short, state, checkpoint):
+            mean = checkpoint.tensor(_get(state, "running_mean", checkpoint), name)
+            definitions.append(Definition(plain[name], mean.shape[0] if mean is not None and mean.shape else 0))
+        elif tensor is not None and len(tensor.shape) >= 2:
+            exact = kernel_kind(short, tensor.shape, state.get("groups"))
+            kernel = kernel_of(plain[name], tensor, kind=exact, first=not definitions)
+            definitions.append(Definition(plain[name], kernel.shape[0], kernel))
+    return definitions
+
+
+def kernel_kind(short: str, shape: tuple[int, ...], groups: Any) -> str | None:
+    """The kind of kernel of a torch class with that weight; None if the class does not tell."""
+    if "ConvTranspose" in short:
+        return "transposed"
+    if len(shape) == 2:
+        return "dense"
+    if type(groups) is not int:
+        return None
+    if groups == 1:
+        return "conv"
+    return "depthwise" if shape[1] == 1 else "grouped"

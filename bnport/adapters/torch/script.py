@@ -1,0 +1,160 @@
+"""BatchNorm layers of a TorchScript archive: the tensors from its pickle, epsilon from its code, which is only read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.state import ROOT, plain_names
+from bnport.containers.pickle import Node
+from bnport.errors import FormatError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bnport.adapters.torch.checkpoint import Checkpoint
+    from bnport.layer import Kernel, Layer
+
+CODE_LIMIT = 8 << 20  # bytes of one source file
+DEPTH = 100
+MODULES = 100_000
+
+
+def is_script(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is a TorchScript archive."""
+    value = checkpoint.value
+    return isinstance(value, Node) and value.path.startswith("__torch__.") and checkpoint.archive is not None
+
+
+def epsilon_in_code(code: str) -> tuple[float | None, float | None, bool]:
+    """(epsilon, momentum, whether it runs in training mode) of a module's TorchScript code; None where it does not say.
+
+    A scripted module has `eps : Final[float] = 0.001`; a traced one the literals of
+    torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, cudnn).
+    """
+    epsilon, momentum = (_number(_after(code, f"{name} : Final[float] = ")) for name in ("eps", "momentum"))
+    training = False
+    at = code.find("torch.batch_norm(")
+    if at >= 0:
+        arguments = code[at : code.find(")", at)].split(",")
+        if len(arguments) >= 9:
+            words = [a.strip() for a in arguments]
+            training = words[-4] == "True"
+            epsilon = _number(words[-2]) if epsilon is None else epsilon
+    return epsilon, momentum, training
+
+
+def _after(code: str, start: str) -> str:
+    at = code.find(start)
+    return code[at + len(start) : at + len(start) + 40].split("\n")[0] if at >= 0 else ""
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def layers_of_script(checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
+    """The BatchNorm layers of a scripted or traced module, in its own order, and notes about the whole."""
+    modules = list(_named(checkpoint))
+    plain, notes = plain_names([name for name, _ in modules if name])
+    plain[""] = ROOT
+    kernels = feeding(_definitions(modules, plain, checkpoint))
+    code: dict[str, str] = {}
+    layers, instance_norms = [], 0
+    for name, node in modules:
+        if not _has_statistics(node):
+            continue
+        text = _code_of(node.path, checkpoint, code)
+        if "InstanceNorm" in node.path.rpartition(".")[2] or "torch.instance_norm(" in text:
+            instance_norms += 1
+            continue
+        layers.append(_layer(plain[name], node, text, checkpoint, inplace_abn, kernels.get(plain[name])))
+    if instance_norms:
+        notes.append(f"{instance_norms} InstanceNorm layers are not BatchNorm and were left alone")
+    if not layers:
+        notes.append("TorchScript without BatchNorm: torch.jit.freeze and optimize_for_inference fold it away")
+    return layers, notes
+
+
+def _named(checkpoint: Checkpoint) -> Iterator[tuple[str, Node]]:
+    """(name, module) for every module, depth first, each object once."""
+    seen: set[int] = set()
+    pending = [("", checkpoint.value, 0)]
+    while pending:
+        name, node, depth = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if depth > DEPTH or len(seen) > MODULES:
+            raise FormatError(f"{checkpoint.where}: {printable(name)}: modules nested too deep or too many")
+        yield name, node
+        below = [
+            (f"{name}.{key}" if name else str(key), child, depth + 1)
+            for key, child in node.state.items()
+            if isinstance(child, Node) and child.path.startswith("__torch__.") and isinstance(child.state, dict)
+        ]
+        pending.extend(reversed(below))
+
+
+def _has_statistics(node: Node) -> bool:
+    return isinstance(node.state.get("running_mean"), Node) and isinstance(node.state.get("running_var"), Node)
+
+
+def _code_of(path: str, checkpoint: Checkpoint, known: dict[str, str]) -> str:
+    """The source of one class; "" if the archive does not hold it."""
+    if path not in known:
+        namespace, _, short = path.rpartition(".")
+        member = f"{checkpoint.root}code/{namespace.replace('.', '/')}.py"
+        text = ""
+        if checkpoint.archive is not None and member in checkpoint.archive:
+            text = checkpoint.archive.read(member, CODE_LIMIT).decode("utf-8", "replace")
+        at = text.find(f"class {short}(")
+        end = text.find("\nclass ", at + 1)
+        known[path] = "" if at < 0 else text[at : end if end > 0 else len(text)]
+    return known[path]
+
+
+def _layer(
+    name: str, node: Node, code: str, checkpoint: Checkpoint, inplace_abn: bool | None, kernel: Kernel | None
+) -> Layer:
+    epsilon, momentum, training = epsilon_in_code(code)
+    state: dict[str, Any] = node.state
+    if training:
+        raise FormatError(
+            f"{checkpoint.where}: {printable(name)} was traced in training mode, so it uses the statistics of each batch;"
+            " call eval() before torch.jit.trace"
+        )
+    if isinstance(state.get("eps"), float):  # an attribute, in files of older versions
+        epsilon = state["eps"]
+    counter = checkpoint.tensor(state.get("num_batches_tracked"), name)
+    tensors = {
+        n: checkpoint.tensor(state.get(n), f"{name}.{n}") for n in ("weight", "bias", "running_mean", "running_var")
+    }
+    return make_layer(
+        name,
+        tensors,
+        checkpoint.where,
+        epsilon=epsilon,
+        momentum=momentum,
+        counter=counter,
+        inplace_abn=bool(inplace_abn) and tensors["weight"] is not None,
+        kernel=kernel,
+    )
+
+
+def _definitions(modules: list[tuple[str, Node]], plain: dict[str, str], checkpoint: Checkpoint) -> list[Definition]:
+    definitions: list[Definition] = []
+    for name, node in modules:
+        if _has_statistics(node):
+            mean = checkpoint.tensor(node.state["running_mean"], name)
+            definitions.append(Definition(plain[name], mean.shape[0] if mean is not None and mean.shape else 0))
+            continue
+        tensor = checkpoint.tensor(node.state.get("weight"), name)
+        if tensor is not None and len(tensor.shape) >= 2:
+            kind = "transposed" if "ConvTranspose" in node.path else None
+            kernel = kernel_of(plain[name], tensor, kind=kind, first=not definitions)
+            definitions.append(Definition(plain[name], kernel.shape[0], kernel))
+    return definitions

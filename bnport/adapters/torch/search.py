@@ -1,0 +1,104 @@
+"""Where in a checkpoint the BatchNorm layers are: the state dicts and modules that training scripts nest in dicts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from bnport.errors import FormatError, NotFound, Question, listed, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from bnport.containers.tensor import Tensor
+
+DEPTH = 6  # of dicts in dicts; deeper ones are configurations
+VALUES = 200_000  # looked at in all
+
+_LOSES = ("optimizer", "optimizer_state_dict", "optim", "scheduler", "lr_scheduler")  # never a model
+
+
+class Reader(Protocol):
+    """How to look into a value: a file's stand-ins, or live objects."""
+
+    where: str
+
+    def items(self, value: Any) -> dict[Any, Any] | None:
+        """The items of a kind of dict, or None."""
+        ...
+
+    def tensor(self, value: Any, name: str) -> Tensor | None:
+        """The tensor that a value is, or None."""
+        ...
+
+
+class Found(NamedTuple):
+    """A state dict (tensors by name) or a module (`tensors` None), and the path of keys that leads to it."""
+
+    path: str
+    value: Any
+    tensors: dict[str, Tensor] | None
+
+
+def models_in(value: Any, reader: Reader, is_module: Callable[[Any], bool]) -> list[Found]:
+    """Every state dict with running statistics, and every module, in a checkpoint; the same object only once."""
+    return list(_walk(value, "", 0, reader, is_module, set(), [VALUES]))
+
+
+def _walk(
+    value: Any,
+    path: str,
+    depth: int,
+    reader: Reader,
+    is_module: Callable[[Any], bool],
+    seen: set[int],
+    budget: list[int],
+) -> Iterator[Found]:
+    if id(value) in seen or depth > DEPTH:
+        return
+    if is_module(value):
+        seen.add(id(value))
+        yield Found(path, value, None)
+        return
+    items = reader.items(value)
+    if items is None:
+        if not isinstance(value, list | tuple):
+            return
+        items = dict(enumerate(value[:64]))
+    seen.add(id(value))
+    budget[0] -= len(items)
+    if budget[0] < 0:
+        raise FormatError(f"{reader.where}: too many nested values to look for a model in; name it with --key")
+    if any(isinstance(k, str) and (k == "running_mean" or k.endswith(".running_mean")) for k in items):
+        tensors = {}
+        for name, item in items.items():
+            tensor = reader.tensor(item, str(name)) if isinstance(name, str) else None
+            if tensor is not None:
+                tensors[name] = tensor
+        if any(name == "running_mean" or name.endswith(".running_mean") for name in tensors):
+            yield Found(path, value, tensors)
+            return
+    for key, item in items.items():
+        if key not in _LOSES and isinstance(key, str | int):
+            yield from _walk(item, f"{path}.{key}" if path else str(key), depth + 1, reader, is_module, seen, budget)
+
+
+def chosen(found: list[Found], key: str | None, where: str) -> tuple[Found | None, list[str]]:
+    """The model that `key` names, or the only one there is, and notes; None if there is none.
+
+    Raises Question if there are several and no key, NotFound if the key names none of them.
+    """
+    if key is not None:
+        for candidate in found:
+            if candidate.path == key:
+                return candidate, []
+        paths = [f.path or "the top level" for f in found]
+        have = f"BatchNorm is under {listed(paths)}" if paths else "there is no BatchNorm anywhere in it"
+        raise NotFound(f"{where}: no BatchNorm under key {printable(key)!r}; {have}")
+    if len(found) > 1:
+        raise Question(
+            f"{where}: holds {len(found)} models with BatchNorm: {listed(f.path for f in found)}; choose one with"
+            f" --key {printable(found[0].path)}"
+        )
+    if not found:
+        return None, []
+    return found[0], [f"taken from key {printable(found[0].path)!r}"] if found[0].path else []

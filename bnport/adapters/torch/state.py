@@ -1,0 +1,136 @@
+"""BatchNorm layers in a state dict: a flat dict of tensors whose names end in running_mean and running_var."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
+from bnport.errors import FormatError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bnport.containers.tensor import Tensor
+    from bnport.layer import Kernel, Layer
+
+ROOT = "root"  # the name of a BatchNorm that is the whole model
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, DistributedDataParallel, AveragedModel; torch.compile
+
+
+def plain_names(names: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Every name without the wrappers that all of them carry, and notes that say what was left out."""
+    result = {name: name for name in names}
+    notes: list[str] = []
+    counted = [name for name in names if name != "n_averaged"]  # AveragedModel's own counter
+    stripped = True
+    while stripped and counted:
+        stripped = False
+        for wrapper in WRAPPERS:
+            if all(result[name].startswith(wrapper) for name in counted):
+                for name in counted:
+                    result[name] = result[name][len(wrapper) :]
+                notes.append(f"names are given without the prefix {wrapper!r}")
+                stripped = True
+    shorter = {name: result[name].replace("._orig_mod.", ".").removeprefix("_orig_mod.") for name in names}
+    if shorter != result and len(set(shorter.values())) == len(names):
+        result = shorter
+        notes.append("names are given without '_orig_mod.'")
+    return result, notes
+
+
+def layers_of_state(
+    tensors: Mapping[str, Tensor], versions: Mapping[str, int], where: str, inplace_abn: bool | None
+) -> tuple[list[Layer], list[str]]:
+    """The BatchNorm layers of a state dict in its own order, and notes about the whole.
+
+    A prefix is a BatchNorm if it has both running_mean and running_var; weight and bias alone could be a LayerNorm, a
+    GroupNorm or a linear layer. `versions`: the `_metadata` of torch, prefix -> module version.
+    """
+    plain, notes = plain_names(list(tensors))
+    if "n_averaged" in tensors:
+        notes.append(
+            "an averaged model: its running statistics are not averaged unless it was made with use_buffers=True"
+        )
+    prefixes = _prefixes(tensors, where)
+    kernels = feeding(_definitions(tensors, prefixes, plain))
+    layers = []
+    for prefix in prefixes:
+        name = plain[prefix + "running_mean"].removesuffix("running_mean").removesuffix(".") or ROOT
+        layers.append(_layer(prefix, name, tensors, versions, where, inplace_abn, kernels.get(name)))
+    if len({layer.name for layer in layers}) != len(layers):
+        raise FormatError(f"{where}: two BatchNorm layers have one name once wrappers are left out")
+    return layers, notes
+
+
+def _prefixes(tensors: Mapping[str, Tensor], where: str) -> list[str]:
+    prefixes: dict[str, None] = {}
+    for name in tensors:
+        for last in ("running_mean", "running_var"):
+            if name == last or name.endswith("." + last):
+                prefixes[name.removesuffix(last)] = None
+    for prefix in prefixes:
+        for last in ("running_mean", "running_var"):
+            if prefix + last not in tensors:
+                raise FormatError(f"{where}: {printable(prefix + last)!r} is missing beside its counterpart")
+    return list(prefixes)
+
+
+def _layer(
+    prefix: str,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    versions: Mapping[str, int],
+    where: str,
+    inplace_abn: bool | None,
+    kernel: Kernel | None,
+) -> Layer:
+    def get(last: str) -> Tensor | None:
+        return tensors.get(prefix + last)
+
+    weight, bias = get("weight"), get("bias")
+    notes: list[str] = []
+    if get("gamma") is not None and get("beta") is not None:  # torch.nn.intrinsic.qat.ConvBn2d before version 2
+        weight, bias = get("gamma"), get("beta")
+        own = get("weight")
+        if own is not None and len(own.shape) > 1:
+            kernel = kernel_of(name, own)
+        notes.append("BatchNorm of a quantisation-aware ConvBn, stored under gamma and beta")
+    if get("scale") is not None and get("zero_point") is not None:
+        notes.append("a quantised BatchNorm: its output is rounded to 8 bits, which is not part of the record")
+    epsilon: float | None = None
+    counter = get("num_batches_tracked")
+    if counter is None and versions.get(prefix.removesuffix(".")) == 2:
+        # detectron2's FrozenBatchNorm2d of version 2 added epsilon to running_var when it was saved; a BatchNorm2d of
+        # version 2 always has num_batches_tracked, unless somebody removed it
+        epsilon = 0.0
+        notes.append(
+            "version 2 without num_batches_tracked, as of detectron2's FrozenBatchNorm2d: epsilon is inside running_var,"
+            " so 0 is taken; if this is a BatchNorm2d whose counter was removed, give --epsilon 1e-5"
+        )
+    layer = make_layer(
+        name,
+        {"weight": weight, "bias": bias, "running_mean": get("running_mean"), "running_var": get("running_var")},
+        where,
+        epsilon=epsilon,
+        counter=counter,
+        inplace_abn=bool(inplace_abn) and weight is not None,
+        kernel=kernel,
+        notes=notes,
+    )
+    return layer if epsilon is None else layer.but(assumed={"epsilon"})
+
+
+def _definitions(tensors: Mapping[str, Tensor], prefixes: list[str], plain: Mapping[str, str]) -> list[Definition]:
+    """Kernels and BatchNorms in the order of the state dict, which is that of definition."""
+    norms = {prefix + "running_mean": prefix for prefix in prefixes}
+    own = {prefix + "weight" for prefix in prefixes}
+    definitions: list[Definition] = []
+    for full, tensor in tensors.items():
+        if full in norms:
+            name = plain[full].removesuffix("running_mean").removesuffix(".") or ROOT
+            definitions.append(Definition(name, tensor.shape[0] if tensor.shape else 0))
+        elif full not in own and len(tensor.shape) >= 2 and (full == "weight" or full.endswith(".weight")):
+            name = plain[full].removesuffix("weight").removesuffix(".")
+            kernel = kernel_of(name, tensor, first=not definitions)
+            definitions.append(Definition(name, tensor.shape[0], kernel))
+    return definitions
