@@ -201,9 +201,10 @@ _RUN = """
 import sys, numpy, cv2
 net = cv2.dnn.readNetFromCaffe(sys.argv[1], sys.argv[2])
 net.setPreferableBackend(cv2.dnn.DNN_BACKEND_OPENCV)
+net.enableFusion(False)  # a fused layer's own output is not kept
 net.setInput(numpy.load(sys.argv[3]))
 outputs = sys.argv[5:]
-numpy.savez(sys.argv[4], *[net.forward(name) for name in outputs] if outputs else [net.forward()])
+numpy.savez(sys.argv[4], *[net.forward(name).copy() for name in outputs] if outputs else [net.forward()])
 """
 
 

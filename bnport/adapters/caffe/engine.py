@@ -38,6 +38,7 @@ if not hasattr(cv2.dnn, "readNetFromCaffe"):
     sys.exit({_OLD_IMPORTER_GONE})
 net = cv2.dnn.readNetFromCaffe("net.prototxt", "net.caffemodel")
 net.setPreferableBackend(cv2.dnn.DNN_BACKEND_OPENCV)
+net.enableFusion(False)
 net.setInput(numpy.load("x.npy"))
 numpy.save("y.npy", net.forward())
 """
