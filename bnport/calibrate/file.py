@@ -99,8 +99,8 @@ def _import(package: str, path: str, version: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingDependency(
-            f"{printable(path)}: was written by Keras {printable(version or 'of unknown version')}; running it needs the package"
-            f" {package} ({printable(error, 80)})"
+            f"{printable(path)}: was written by Keras {printable(version or 'of unknown version')}; running it needs the"
+            f" package {package} ({printable(error, 80)})"
         ) from None
 
 

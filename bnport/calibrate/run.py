@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,8 @@ def calibrate(
         notes.extend(folder.notes)
         return folder
 
+    if images and not (isinstance(data, str | os.PathLike) and os.path.isdir(data)):
+        raise InvalidValue(f"{listed(images)}: options for a folder of images, which the data are not")
     batches = data_module.read(
         data, inputs=live.inputs(), batch_size=batch_size, key=key, minimum=minimum, limit=limit, images=open_images
     )

@@ -92,6 +92,7 @@ def _size(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the copy, print old against new."""
     from bnport.calibrate.file import calibrate_file
+    from bnport.errors import printable
 
     names = (
         "method",
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         args.data,
         args.out,
         force=args.force,
-        images=images_options(args),
+        images=images_options(args) or None,
         progress=common.progress_bar(args.json),
         **{name: getattr(args, name) for name in names},
     )
@@ -119,5 +120,5 @@ def run(args: argparse.Namespace) -> int:
         common.print_json({**result.as_dict(), "out": args.out})
     else:
         print(result)
-        print(f"written: {common.printable(args.out)}")
+        print(f"written: {printable(args.out)}")
     return 0
