@@ -1,0 +1,121 @@
+"""Which source layer belongs to which target layer. Dicts of layers in, a `Match` out; knows no format.
+
+Evidence, in the order in which it is asked:
+
+1. a map that the user gave;
+2. equal names, if the layers that share a name fit each other;
+3. the number of channels, and the shape of the kernel that feeds the layer;
+4. the place in the graph of layers, where both sides have one; otherwise paths in the graph of one side against the
+   numbers in the names of the other;
+5. names that correspond as they do elsewhere in the model, words of one meaning, orders that hold everywhere else;
+6. the contents of the kernels, where the target's are already ported: that overrules 3 to 5.
+
+What is left with two candidates is ambiguous, and said; it is never picked.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import TYPE_CHECKING
+
+from bnport.errors import MatchError, printable
+from bnport.match.result import Ambiguity, Match, Mismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from bnport.layer import Layer
+
+__all__ = ["Ambiguity", "Match", "Mismatch", "match"]
+
+
+def match(
+    sources: Mapping[str, Layer],
+    targets: Mapping[str, Layer],
+    *,
+    map: Mapping[str, str] | None = None,
+    skip: Iterable[str] = (),
+    only_under: str | None = None,
+) -> Match:
+    """Pair every target layer with the source layer that it is.
+
+    sources, targets: layers by name, in their order of definition.
+    map:        target name -> source name; patterns as in `bnport.match.patterns`. Overrules all evidence but channel
+                counts.
+    skip:       names or shell patterns (`head.*`) of layers to leave out, on either side.
+    only_under: only layers whose names start with this, on the side or sides that have such names.
+
+    Raises MatchError for a map entry or pattern that names nothing, and for a source that a map asks for twice. All
+    else that is wrong is in the Match; its `raise_if_bad` raises it.
+    """
+    kept_s, kept_t, left_s, left_t = _leave_out(list(sources), list(targets), skip, only_under)
+    from bnport.match import engine, names, patterns
+
+    forced: dict[str, tuple[str, str]] = {}
+    mismatched: list[Mismatch] = []
+    mapped = patterns.expand(map, kept_t, kept_s) if map else {}
+    for t, (s, entry) in mapped.items():
+        reason = "the map says so" if entry == t else f"the map says so: {entry}"
+        _force(forced, mismatched, sources, targets, t, s, reason)
+    used = {s for s, _ in mapped.values()}
+    free_s, free_t = [s for s in kept_s if s not in used], [t for t in kept_t if t not in mapped]
+    for t, s in names.equal(sources, free_s, targets, free_t).items():
+        _force(forced, mismatched, sources, targets, t, s, "equal names" if s == t else "equal names under a prefix")
+    bad_s, bad_t = {m.source for m in mismatched}, {m.target for m in mismatched}
+    source = engine.Side(sources, [s for s in kept_s if s not in bad_s])
+    target = engine.Side(targets, [t for t in kept_t if t not in bad_t])
+    state = engine.align(source, target, forced, firm=set(mapped))
+    ambiguous, missing, unexpected = engine.undecided(state)
+    return Match(
+        pairs={t: source.names[state.back[i]] for i, t in enumerate(target.names) if i in state.back},
+        evidence={t: tuple(state.why[i]) for i, t in enumerate(target.names) if i in state.back},
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=mismatched,
+        ambiguous=ambiguous,
+        left_sources=left_s,
+        left_targets=left_t,
+        source=getattr(sources, "source", "the source"),
+        target=getattr(targets, "source", "the target"),
+    )
+
+
+def _force(
+    forced: dict[str, tuple[str, str]],
+    mismatched: list[Mismatch],
+    sources: Mapping[str, Layer],
+    targets: Mapping[str, Layer],
+    target: str,
+    source: str,
+    reason: str,
+) -> None:
+    t, s = targets[target].channels, sources[source].channels
+    if t == s:
+        forced[target] = source, reason
+    else:
+        mismatched.append(Mismatch(target, source, t, s))
+
+
+def _leave_out(
+    sources: Sequence[str], targets: Sequence[str], skip: Iterable[str], only_under: str | None
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """(sources kept, targets kept, sources left out, targets left out)."""
+    kept = [list(sources), list(targets)]
+    if only_under is not None:
+        under = [[n for n in side if _is_under(n, only_under)] for side in kept]
+        if not any(under):
+            raise MatchError(f"--only-under {printable(only_under)}: no layer of either side is under that name")
+        kept = [chosen or side for chosen, side in zip(under, kept, strict=True)]
+    for pattern in [skip] if isinstance(skip, str) else skip:
+        rest = [[n for n in side if n != pattern and not fnmatch.fnmatchcase(n, pattern)] for side in kept]
+        if rest == kept:
+            raise MatchError(f"--skip {printable(pattern)}: no layer of either side has that name")
+        kept = rest
+    chosen_s, chosen_t = set(kept[0]), set(kept[1])
+    return kept[0], kept[1], [s for s in sources if s not in chosen_s], [t for t in targets if t not in chosen_t]
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name == prefix or (
+        name.startswith(prefix) and (prefix[-1:] in "./_" or name[len(prefix) : len(prefix) + 1] in "./_")
+    )

@@ -1,0 +1,74 @@
+"""The contents of kernels as evidence: where the target's kernels are already ported, equal kernels decide."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnport._lazy import np
+
+if TYPE_CHECKING:
+    from bnport.layer import Kernel, Layer
+    from bnport.match.engine import Alignment
+
+PROBES = 3  # kernels compared to find out whether the target's kernels were ported at all
+
+
+def pairs(state: Alignment) -> dict[int, int]:
+    """source -> target for every kernel that is found exactly once on each side; empty if none was ported.
+
+    Only the smallest kernels are read first; the others only if one of those is equal. Kernels of a single value (an
+    initialiser of zeros or ones) tell nothing.
+    """
+    sides = state.source.layers, state.target.layers
+    decided = sorted(
+        (_size(sides[0][s]), s, t) for s, t in state.pairs.items() if _readable(sides[0][s]) and _readable(sides[1][t])
+    )
+    probes = [(s, t) for _, s, t in decided[:PROBES]]
+    for group in state.groups():
+        probes += [(s, t) for s in group.sources[:PROBES] for t in group.targets[:PROBES]]
+    seen: list[dict[int, bytes | None]] = [{}, {}]
+    if not any(
+        (a := _digest(sides[0], s, seen[0])) is not None and a == _digest(sides[1], t, seen[1]) for s, t in probes
+    ):
+        return {}
+    found: list[dict[bytes, list[int]]] = [{}, {}]
+    for at, layers in enumerate(sides):
+        for node in range(len(layers)):
+            digest = _digest(layers, node, seen[at])
+            if digest is not None:
+                found[at].setdefault(digest, []).append(node)
+    return {
+        nodes[0]: found[1][digest][0]
+        for digest, nodes in found[0].items()
+        if len(nodes) == 1 and len(found[1].get(digest, ())) == 1
+    }
+
+
+def _readable(layer: Layer) -> bool:
+    return layer.kernel is not None and layer.kernel.values is not None
+
+
+def _size(layer: Layer) -> int:
+    size = 1
+    for n in layer.kernel.shape if layer.kernel else ():
+        size *= n
+    return size
+
+
+def _digest(layers: list[Layer], node: int, seen: dict[int, bytes | None]) -> bytes | None:
+    if node not in seen:
+        kernel = layers[node].kernel
+        seen[node] = digest(layers[node].channels, kernel) if kernel is not None else None
+    return seen[node]
+
+
+def digest(channels: int, kernel: Kernel) -> bytes | None:
+    """Of the values as float32, and of their number per channel; None if they cannot be read or are all the same."""
+    import hashlib
+
+    if kernel.values is None:
+        return None
+    values = np.ascontiguousarray(kernel.values(), dtype=np.float32)
+    if values.size < 2 or (values == values.flat[0]).all():
+        return None
+    return hashlib.blake2b(values.tobytes(), digest_size=16, person=channels.to_bytes(8, "little")).digest()

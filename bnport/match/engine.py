@@ -1,0 +1,322 @@
+"""Aligning two sets of layers: candidate sets that evidence makes smaller until one candidate is left, or it is said.
+
+The sides are partitioned by what two layers must share (channels, kernel), then by their place in the two graphs
+(colour refinement), then by what orders them (paths in a graph, numbers in names). Where a set of candidates is left,
+evidence that has proved itself on the layers already decided may break the tie: names that correspond elsewhere, an
+order that agrees everywhere else. Two such witnesses that contradict each other decide nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from bnport.match import contents, names, ties
+from bnport.match import graph as graphs
+from bnport.match.result import Ambiguity
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from bnport.layer import Kernel, Layer
+
+
+class Side:
+    """One of the two sets of layers, those that take part, by number."""
+
+    __slots__ = ("graph", "index", "layers", "names", "numbering", "tokens")
+
+    def __init__(self, layers: Mapping[str, Layer], keep: Sequence[str]) -> None:
+        self.names = list(keep)
+        self.index = {name: i for i, name in enumerate(keep)}
+        self.layers = [layers[name] for name in keep]
+        self.tokens = [names.tokens(name) for name in keep]
+        self.numbering = names.numbering(self.names)
+        self.graph = graphs.build(layers, self.index)
+
+    def intervals(self, members: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The range of ranks of each member, by the graph if it is known, else by numbers in names."""
+        if self.graph is not None:
+            return self.graph.intervals(members)
+        return names.intervals([self.tokens[m] for m in members])
+
+
+class Group(NamedTuple):
+    """Sources and targets that evidence does not tell apart so far."""
+
+    sources: list[int]
+    targets: list[int]
+    label: Hashable
+    how: str  # what the members have in common
+
+
+def kernel_key(kernel: Kernel | None) -> tuple[object, ...] | None:
+    """What two kernels that feed the same layer share in every framework; None if nothing is known.
+
+    Only the shape, without trailing ones (a dense layer is a 1x1 convolution), and whether it is transposed: files
+    without a graph do not tell grouped, depthwise and ordinary kernels apart.
+    """
+    if kernel is None:
+        return None
+    shape = list(kernel.shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape.pop()
+    return (*shape, "transposed") if kernel.kind == "transposed" else tuple(shape)
+
+
+class Alignment:
+    """The state of one alignment. `pairs` is source -> target by number; `why` holds the words for each target."""
+
+    def __init__(self, source: Side, target: Side, forced: Mapping[int, tuple[int, str]]) -> None:
+        self.source, self.target = source, target
+        self.pairs: dict[int, int] = {}
+        self.back: dict[int, int] = {}
+        self.why: dict[int, list[str]] = {}
+        self.soft: set[int] = set()  # targets decided by a tie-break: they never vouch for another tie-break
+        self.conflicts: dict[int, str] = {}  # targets whose candidates have contradicting evidence
+        self.labels = self._labels()
+        for t, (s, reason) in forced.items():
+            self.decide(s, t, reason)
+
+    def decide(self, s: int, t: int, reason: str, *, soft: bool = False) -> None:
+        """Pair s with t."""
+        self.pairs[s] = t
+        self.back[t] = s
+        self.why.setdefault(t, []).append(reason)
+        if soft:
+            self.soft.add(t)
+
+    def solid(self) -> list[tuple[int, int]]:
+        """The pairs (source, target) that did not need a tie-break, in the order of the sources."""
+        return [(s, t) for s, t in sorted(self.pairs.items()) if t not in self.soft]
+
+    def _labels(self) -> tuple[list[Hashable], list[Hashable]]:
+        """What two layers must share to be candidates: channels, and the kernel where both sides know it alike.
+
+        For the layers of one channel count the kernel counts if no kernel is unknown there, or as many on both sides.
+        """
+        sides = [[(layer.channels, kernel_key(layer.kernel)) for layer in side.layers] for side in self._sides()]
+        unknown: dict[int, list[int]] = {}
+        for at, side in enumerate(sides):
+            for channels, key in side:
+                unknown.setdefault(channels, [0, 0])[at] += key is None
+        out: list[list[Hashable]] = [
+            [(c, key) if unknown[c][0] == unknown[c][1] else (c, "any") for c, key in side] for side in sides
+        ]
+        return out[0], out[1]
+
+    def _sides(self) -> tuple[Side, Side]:
+        return self.source, self.target
+
+    def run(self) -> None:
+        """Decide all that can be decided."""
+        progress = True
+        while progress:
+            progress = self._settle()
+            if not progress:
+                progress = any(ties.break_ties(self, group) for group in self.groups() if self._even(group))
+                if progress:
+                    self._withdraw_contradicted()
+
+    def _settle(self) -> bool:
+        before = len(self.pairs)
+        for group in self.groups():
+            if not self._even(group):
+                continue
+            for part in self._by_rank(group):
+                if len(part.sources) == 1:
+                    self.decide(part.sources[0], part.targets[0], part.how)
+        return len(self.pairs) > before
+
+    @staticmethod
+    def _even(group: Group) -> bool:
+        return len(group.sources) == len(group.targets) > 0
+
+    def groups(self) -> list[Group]:
+        """The undecided layers as groups of candidates, by label and place in the graph, in the order of the targets."""
+        by_label: dict[Hashable, tuple[list[int], list[int]]] = {}
+        for at, (labels, done) in enumerate(zip(self.labels, (self.pairs, self.back), strict=True)):
+            for node, label in enumerate(labels):
+                if node not in done:
+                    by_label.setdefault(label, ([], []))[at].append(node)
+        colours = self._colours() if any(s and t for s, t in by_label.values()) else None
+        out: list[Group] = []
+        for label, (s, t) in by_label.items():
+            common = describe(label)
+            alone = len(s) == len(t) == 1 and self._never_more(label)
+            whole = [Group(s, t, label, f"the only {common}" if alone else f"the {common} left")]
+            if colours is not None and len(s) == len(t) > 1:
+                out += self._by_place(whole[0], colours, common)
+            else:
+                out += whole
+        return sorted(out, key=lambda g: g.targets[:1] or [len(self.target.names)])
+
+    def _never_more(self, label: Hashable) -> bool:
+        return self.labels[0].count(label) == self.labels[1].count(label) == 1
+
+    def _colours(self) -> tuple[list[int], list[int]] | None:
+        if self.source.graph is None or self.target.graph is None:
+            return None
+        labels: list[list[Hashable]] = [list(side) for side in self.labels]
+        for s, t in self.pairs.items():
+            labels[0][s] = labels[1][t] = ("pair", s)
+        first, second = graphs.refine([self.source.graph, self.target.graph], labels)
+        return first, second
+
+    def _by_place(self, group: Group, colours: tuple[list[int], list[int]], common: str) -> list[Group]:
+        parts: dict[int, tuple[list[int], list[int]]] = {}
+        for s in group.sources:
+            parts.setdefault(colours[0][s], ([], []))[0].append(s)
+        for t in group.targets:
+            parts.setdefault(colours[1][t], ([], []))[1].append(t)
+        how = f"same place in the graph, {common}"
+        if all(len(s) == len(t) for s, t in parts.values()):
+            return [Group(s, t, group.label, how) for s, t in parts.values()]
+        return self._by_neighbours(group, common)
+
+    def _by_neighbours(self, group: Group, common: str) -> list[Group]:
+        """Where the graphs differ somewhere: a layer whose neighbours are all paired is the one between their pairs."""
+        source, target = self.source.graph, self.target.graph
+        assert source is not None
+        assert target is not None
+        parts: dict[Hashable, tuple[list[int], list[int]]] = {}
+        for at, (members, graph, paired) in enumerate(
+            ((group.sources, source, self.pairs), (group.targets, target, self.back))
+        ):
+            for node in members:
+                around: Hashable = None
+                if all(n in paired for n in (*graph.inputs[node], *graph.outputs[node])):
+                    to_target = [
+                        [paired[n] if at == 0 else n for n in side]
+                        for side in (graph.inputs[node], graph.outputs[node])
+                    ]
+                    around = (frozenset(to_target[0]), frozenset(to_target[1]))
+                parts.setdefault(around, ([], []))[at].append(node)
+        how = f"between the same layers, {common}"
+        fixed = [Group(s, t, group.label, how) for key, (s, t) in parts.items() if key is not None and len(s) == len(t)]
+        rest_s = [s for s in group.sources if not any(s in g.sources for g in fixed)]
+        rest_t = [t for t in group.targets if not any(t in g.targets for g in fixed)]
+        return [*fixed, Group(rest_s, rest_t, group.label, f"the {common} left")] if rest_s or rest_t else fixed
+
+    def _by_rank(self, group: Group) -> list[Group]:
+        """Cut a group where both sides agree that these come before those."""
+        if len(group.sources) == 1:
+            return [group]
+        s_low, s_high = self.source.intervals(group.sources)
+        t_low, t_high = self.target.intervals(group.targets)
+        parts = cut(group, (s_low, s_high), (t_low, t_high), f"{group.how}, in the same order")
+        if len(parts) > 1:
+            return parts
+        for side, other, low, high in (
+            (self.source, self.target, s_low, s_high),
+            (self.target, self.source, t_low, t_high),
+        ):
+            if side.graph is None and other.graph is not None and ties.defined_as_executed(self, side):
+                ranks = list(range(len(low)))  # the order of definition is total, and true wherever it was seen
+                low[:], high[:] = ranks, ranks
+                return cut(group, (s_low, s_high), (t_low, t_high), f"{group.how}, defined in the order of execution")
+        return parts
+
+    def _withdraw_contradicted(self) -> None:
+        """Undo tie-breaks that the two graphs contradict: an edge between two pairs on one side and not on the other."""
+        if self.source.graph is None or self.target.graph is None:
+            return
+        for t in sorted(self.soft):
+            s = self.back[t]
+            for near_s, near_t in (
+                (self.source.graph.inputs[s], self.target.graph.inputs[t]),
+                (self.source.graph.outputs[s], self.target.graph.outputs[t]),
+            ):
+                mapped = {self.pairs[n] for n in near_s if n in self.pairs}
+                there = {n for n in near_t if n in self.back}
+                if mapped != there:
+                    self.conflicts[t] = "names or order say one thing, the graph another"
+        for t in self.conflicts:
+            if t in self.soft:
+                self.soft.discard(t)
+                del self.pairs[self.back.pop(t)]
+                self.why.pop(t)
+
+
+def cut(
+    group: Group, source: tuple[list[int], list[int]], target: tuple[list[int], list[int]], how: str
+) -> list[Group]:
+    """Split a group at every rank that no member's range of ranks crosses, on either side."""
+    cuts = _cuts(*source) & _cuts(*target)
+    if not cuts:
+        return [group]
+    borders = [0, *sorted(cuts), len(group.sources)]
+    starts = {p: i for i, p in enumerate(borders)}
+    parts: list[tuple[list[int], list[int]]] = [([], []) for _ in borders[:-1]]
+    for at, (members, (low, _)) in enumerate(((group.sources, source), (group.targets, target))):
+        rank_part, current = [], 0
+        for p in range(len(members)):
+            current = starts.get(p, current)
+            rank_part.append(current)
+        for member, rank in zip(members, low, strict=True):
+            parts[rank_part[rank]][at].append(member)
+    return [Group(s, t, group.label, how) for s, t in parts]
+
+
+def _cuts(low: list[int], high: list[int]) -> set[int]:
+    """Ranks p such that exactly p members must rank below p."""
+    count = len(low)
+    ends = [0] * (count + 1)
+    for h in high:
+        ends[h + 1] += 1
+    found, below = set(), 0
+    for p in range(1, count):
+        below += ends[p]
+        if below == p:
+            found.add(p)
+    return found
+
+
+def describe(label: Hashable) -> str:
+    """A label in words: '64-channel layer fed by a 3x3 kernel of 32 inputs'."""
+    channels, key = cast("tuple[int, tuple[object, ...] | str | None]", label)
+    text = f"{channels}-channel layer"
+    if key is None or isinstance(key, str):
+        return text
+    shape = [n for n in key if n != "transposed"]
+    if len(shape) < 2:
+        return text
+    size = "x".join(map(str, shape[2:])) or "1x1"
+    return f"{text} fed by a {size}{' transposed' if 'transposed' in key else ''} kernel over {shape[1]} inputs"
+
+
+def align(source: Side, target: Side, forced: Mapping[str, tuple[str, str]], firm: set[str]) -> Alignment:
+    """All that evidence decides. `forced` (target -> source, reason) is taken as given; `firm` even against contents."""
+    given = {target.index[t]: (source.index[s], why) for t, (s, why) in forced.items()}
+    state = Alignment(source, target, given)
+    state.run()
+    by_contents = contents.pairs(state)
+    if by_contents:
+        kept = {t: v for t, v in given.items() if target.names[t] in firm}
+        taken = {s for s, _ in kept.values()}
+        kept |= {t: (s, "equal kernels") for s, t in by_contents.items() if t not in kept and s not in taken}
+        taken = {s for s, _ in kept.values()}
+        kept |= {t: v for t, v in given.items() if t not in kept and v[0] not in taken}
+        state = Alignment(source, target, kept)
+        state.run()
+    for group in state.groups():
+        for part in state._by_rank(group) if state._even(group) else ():
+            ties.same_numbers(state, part)
+    return state
+
+
+def undecided(state: Alignment) -> tuple[list[Ambiguity], list[str], list[str]]:
+    """(ambiguous, missing, unexpected) of what is left."""
+    ambiguous, missing, unexpected = [], [], []
+    for group in state.groups():
+        for part in state._by_rank(group) if state._even(group) else [group]:
+            s, t = [state.source.names[i] for i in part.sources], [state.target.names[i] for i in part.targets]
+            if not s or not t:
+                missing += t
+                unexpected += s
+                continue
+            why = next((state.conflicts[i] for i in part.targets if i in state.conflicts), None)
+            if why is None and len(s) != len(t):
+                why = f"{describe(part.label)}: {len(s)} in the source, {len(t)} in the target"
+            ambiguous.append(Ambiguity(tuple(t), tuple(s), why or f"each is a {describe(part.label)}"))
+    order_t, order_s = state.target.index, state.source.index
+    return ambiguous, sorted(missing, key=order_t.__getitem__), sorted(unexpected, key=order_s.__getitem__)

@@ -1,0 +1,180 @@
+"""Layer names as evidence: their words, their numbers, and what a correspondence of names says elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import TypeAlias
+
+    from bnport.layer import Layer
+
+    Token: TypeAlias = tuple[
+        str, int | str
+    ]  # ("#", 3) a number, ("@", 1) a letter that counts (5b), ("", "conv") a word
+
+_TOKEN = re.compile(r"\d+x\d+|[a-z]+|\d+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+# One word for what frameworks' model code calls differently. "proj" and "project" are left out: a shortcut in
+# Inception-ResNets and others, the last convolution of a block in MobileNets.
+_SYNONYMS = {
+    word: meant
+    for meant, words in {
+        "shortcut": "downsample shortcut skip identity residual",
+        "depthwise": "depthwise dw dwconv",
+        "expand": "expand expansion exp",
+        "pool": "pool pooling avgpool maxpool",
+        "stem": "stem",
+        "head": "head top classifier logits",
+        "left": "left",
+        "right": "right",
+        "reduce": "reduce reduction",
+        "transition": "transition transition trans",
+        "pointwise": "pointwise pw",
+    }.items()
+    for word in words.split()
+}
+
+
+END: Token = ("#", -1)  # a name that ends where others count: batch_normalization before batch_normalization_1
+
+
+def tokens(name: str) -> tuple[Token, ...]:
+    """`name` as words, numbers and counting letters; separators carry no meaning, `3x3` is a word."""
+    out: list[Token] = []
+    for text in _TOKEN.findall(_CAMEL.sub(" ", name).lower()):
+        if text.isdigit():
+            out.append(("#", int(text[:18])))
+        elif len(text) == 1 and out and out[-1][0] == "#":
+            out.append(("@", ord(text) - ord("a")))
+        else:
+            out.append(("", text))
+    return tuple(out)
+
+
+def words(name_tokens: Sequence[Token]) -> frozenset[str]:
+    """The words of a name, each replaced by what it stands for."""
+    return frozenset(_SYNONYMS.get(str(v), str(v)) for kind, v in name_tokens if kind == "")
+
+
+def intervals(names: Sequence[Sequence[Token]]) -> tuple[list[int], list[int]]:
+    """How early and how late each name can rank among all of them, by the numbers in the names.
+
+    `names` are in the order of definition. Two names are ordered if they first differ in a number (or a counting
+    letter) and the order of definition agrees; if they first differ in a word they are not. Returns (lowest, highest)
+    rank per name; the highest is inclusive.
+    """
+    count = len(names)
+    low, high = [0] * count, [count - 1] * count
+    work = [(list(range(count)), 0)]
+    while work:
+        members, depth = work.pop()
+        children: dict[Token, list[int]] = {}
+        for i in members:
+            children.setdefault(names[i][depth] if depth < len(names[i]) else END, []).append(i)
+        for kind in ("#", "@"):
+            ordered = sorted((k, v) for k, v in children.items() if k[0] == kind)
+            if any(a[-1] > b[0] for (_, a), (_, b) in itertools.pairwise(ordered)):
+                continue  # defined in another order than numbered: neither counts
+            before, after = 0, sum(len(v) for _, v in ordered)
+            for _, child in ordered:
+                after -= len(child)
+                for i in child:
+                    low[i] += before
+                    high[i] -= after
+                before += len(child)
+        work += [(child, depth + 1) for key, child in children.items() if key != END and len(child) > 1]
+    return low, high
+
+
+def numbering(names: Sequence[str]) -> list[int | None]:
+    """The number a framework gave to each automatically named layer (`batch_normalization_7`), else None.
+
+    None for all unless most names have one and the same base, because only then the numbers count one thing.
+    """
+    split = [re.fullmatch(r"(?:.*/)?([A-Za-z]\w*?)(?:_(\d{1,9}))?", n) for n in names]
+    bases: dict[str, int] = {}
+    for found in split:
+        if found:
+            bases[found[1]] = bases.get(found[1], 0) + 1
+    base = max(bases, key=lambda b: bases[b], default="")
+    if not names or bases.get(base, 0) * 2 < len(names):
+        return [None] * len(names)
+    numbers = [int(f[2] or 0) if f and f[1] == base else None for f in split]
+    given = [n for n in numbers if n is not None]
+    return numbers if len(set(given)) == len(given) else [None] * len(names)
+
+
+def keys(group: Sequence[Sequence[Token]]) -> list[tuple[Token, ...]]:
+    """For each name, what distinguishes it within the group: numbers that all share become `#`.
+
+    Of `layer1.0.bn3` and `layer1.0.downsample.1` the keys are (layer, #, #, bn, 3) and (layer, #, #, downsample, 1), so
+    that what is learnt in layer2 is found again in layer1.
+    """
+    shared = 0
+    while all(len(n) > shared for n in group) and len({n[shared] for n in group}) == 1:
+        shared += 1
+    return [tuple((k, "") if i < shared and k else (k, v) for i, (k, v) in enumerate(n)) for n in group]
+
+
+def fits(name: Sequence[Token], key: Sequence[Token]) -> bool:
+    """Whether `name` has the shape of `key`."""
+    return len(name) == len(key) and all(
+        a[0] == b[0] and (b[1] == a[1] or (b[1] == "" and b[0] != "")) for a, b in zip(name, key, strict=True)
+    )
+
+
+def equal(
+    sources: Mapping[str, Layer], free_s: Sequence[str], targets: Mapping[str, Layer], free_t: Sequence[str]
+) -> dict[str, str]:
+    """target -> source for layers of one name, also if one side puts a prefix before all its names.
+
+    Empty if most of the layers that share a name do not fit each other. Automatic names (`batch_normalization_7`) count
+    only if every one of them has its equal and they all fit: they say in which order layers were made, not what for.
+    """
+    common = _same(free_s, free_t)
+    if not common:
+        return {}
+    fit = sum(_fit(sources[s], targets[t]) for t, s in common.items())
+    automatic = {t for t in common if re.fullmatch(r"(?:.*/)?batch_?norm(?:alization)?\w*?(?:_?\d+)?", t.lower())}
+    if 2 * fit <= len(common):
+        return {}
+    if len(automatic) * 2 > len(common) and (fit < len(common) or len(common) < max(len(free_s), len(free_t))):
+        return {}
+    if len(automatic) * 2 > len(common) and not _same_graph(sources, targets, common):
+        return {}
+    return common
+
+
+def _same(sources: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
+    known = set(sources)
+    common = {t: t for t in targets if t in known}
+    if common:
+        return common
+    for longer, shorter in ((sources, targets), (targets, sources)):
+        short = set(shorter)
+        for name in longer:
+            for at in re.finditer(r"[./]", name):
+                prefix = name[: at.end()]
+                if name[at.end() :] in short:
+                    found = {n: n[len(prefix) :] for n in longer if n.startswith(prefix) and n[len(prefix) :] in short}
+                    return {v: k for k, v in found.items()} if longer is sources else found
+    return {}
+
+
+def _fit(source: Layer, target: Layer) -> bool:
+    if source.channels != target.channels:
+        return False
+    return source.kernel is None or target.kernel is None or source.kernel.shape == target.kernel.shape
+
+
+def _same_graph(sources: Mapping[str, Layer], targets: Mapping[str, Layer], common: Mapping[str, str]) -> bool:
+    for t, s in common.items():
+        before_s, before_t = sources[s].inputs, targets[t].inputs
+        if before_s is not None and before_t is not None and {common.get(n) for n in before_t} != set(before_s):
+            return False
+    return True

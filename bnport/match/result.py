@@ -1,0 +1,125 @@
+"""What pairing found, in the words of `load_state_dict`, and the one message that says what to do about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from bnport.errors import MatchError, listed, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+class Mismatch(NamedTuple):
+    """A pair that names or a map ask for and that cannot be: the channel counts differ."""
+
+    target: str
+    source: str
+    target_channels: int
+    source_channels: int
+
+
+class Ambiguity(NamedTuple):
+    """Layers that evidence does not tell apart: every source here could belong to every target here."""
+
+    targets: tuple[str, ...]
+    sources: tuple[str, ...]
+    why: str
+
+
+class Match:
+    """Which source layer belongs to which target layer, and why.
+
+    pairs:        target name -> source name, in the order of the targets.
+    missing:      targets that have no source.
+    unexpected:   sources that have no target.
+    mismatched:   pairs asked for by name or map whose channel counts differ.
+    ambiguous:    groups of candidates between which nothing decides; never picked from.
+    evidence:     target name -> the reasons for its pair, in words.
+    left_targets, left_sources: layers left out because the user said so (skip, only_under).
+    """
+
+    __slots__ = (
+        "ambiguous", "evidence", "left_sources", "left_targets", "mismatched", "missing", "pairs", "source",
+        "target", "unexpected",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        pairs: Mapping[str, str],
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        mismatched: Iterable[Mismatch] = (),
+        ambiguous: Iterable[Ambiguity] = (),
+        evidence: Mapping[str, tuple[str, ...]] | None = None,
+        left_targets: Iterable[str] = (),
+        left_sources: Iterable[str] = (),
+        source: str = "the source",
+        target: str = "the target",
+    ) -> None:
+        self.pairs = dict(pairs)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        self.ambiguous = tuple(ambiguous)
+        self.evidence = dict(evidence or {})
+        self.left_targets = tuple(left_targets)
+        self.left_sources = tuple(left_sources)
+        self.source = source
+        self.target = target
+
+    @property
+    def complete(self) -> bool:
+        """Nothing missing and nothing unexpected."""
+        return not self.missing and not self.unexpected
+
+    @property
+    def ok(self) -> bool:
+        """Complete, and nothing mismatched or ambiguous: what `raise_if_bad` lets pass."""
+        return self.complete and not self.mismatched and not self.ambiguous
+
+    def raise_if_bad(self) -> None:
+        """Raise MatchError unless every layer has its one pair. The message lists everything and what to do."""
+        if not self.ok:
+            raise MatchError(self.problems())
+
+    def problems(self) -> str:
+        """One line on what keeps the pairing from being complete and unambiguous; empty if nothing does."""
+        source, target = printable(self.source), printable(self.target)
+        parts = [
+            f"{printable(m.target)}: {m.source_channels} channels in {source} (layer {printable(m.source)!r}),"
+            f" {m.target_channels} in {target}"
+            for m in self.mismatched[:8]
+        ]
+        if len(self.mismatched) > 8:
+            parts.append(f"and {len(self.mismatched) - 8} more of other channel counts")
+        parts += [
+            f"ambiguous: {listed(g.targets)} of {target} could be {listed(g.sources)} of {source} ({g.why})"
+            for g in self.ambiguous[:8]
+        ]
+        if len(self.ambiguous) > 8:
+            parts.append(f"and {len(self.ambiguous) - 8} more ambiguous groups")
+        if self.missing:
+            parts.append(f"missing from {source}: {listed(self.missing)} of {target}")
+        if self.unexpected:
+            parts.append(f"unexpected, not in {target}: {listed(self.unexpected)} of {source}")
+        if not parts:
+            return ""
+        return "; ".join(parts) + ". " + self._advice()
+
+    def _advice(self) -> str:
+        advice = []
+        if self.mismatched or self.ambiguous or (self.missing and self.unexpected):
+            advice.append("say which belongs to which with --map (`bnport map` writes a draft)")
+        if not self.complete or self.mismatched:
+            one = [*self.missing, *self.unexpected, *(m.target for m in self.mismatched)][0]
+            advice.append(f"leave layers out with --skip (for example --skip '{printable(one)}')")
+        if not self.complete:
+            advice.append("pair one part of a bigger model with --only-under PREFIX")
+        text = ", or ".join(advice)
+        return f"{text[:1].upper()}{text[1:]}."
+
+    def __repr__(self) -> str:
+        counts = (f"{len(getattr(self, n))} {n}" for n in ("missing", "unexpected", "mismatched", "ambiguous"))
+        return f"Match({len(self.pairs)} pairs, {', '.join(c for c in counts if not c.startswith('0 '))})"
