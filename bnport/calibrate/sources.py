@@ -82,9 +82,17 @@ def of_path(path: str, inputs: Inputs | None, batch_size: int | None, key: str |
         files = [os.path.join(path, name) for name in names]
         whole = _Concatenated([arrays.npy(file) for file in files], shown)
         return _rows_source(whole, shown, batch_size, " ".join(map(arrays.fingerprint, files)))
+    return _rows_source(rows_of_file(path, key, inputs), shown, batch_size, arrays.fingerprint(path))
+
+
+def rows_of_file(path: str, key: str | None = None, inputs: Inputs | None = None) -> Any:
+    """The rows of an .npy file; of an .npz its one array, `key`, or a dict of those that are named like `inputs`."""
+    from bnport.calibrate import arrays
+
+    shown = printable(path)
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".npy":
-        return _rows_source(arrays.npy(path), shown, batch_size, arrays.fingerprint(path))
+        return arrays.npy(path)
     if suffix != ".npz":
         if not os.path.exists(path):
             raise NotFound(f"{shown}: no such file or folder")
@@ -92,18 +100,15 @@ def of_path(path: str, inputs: Inputs | None, batch_size: int | None, key: str |
             f"{shown}: not data that bnport reads; it reads .npy, .npz and folders of images or .npy files"
         )
     found = arrays.npz(path)
-    names = list(found)
     if key is not None:
         if key not in found:
-            raise NotFound(f"{shown}: holds no array {printable(key)!r}; it holds {listed(names)}")
-        chosen: Any = found[key]
-    elif len(found) == 1:
-        chosen = found[names[0]]
-    elif inputs and set(inputs) <= set(found):
-        chosen = {name: found[name] for name in inputs}
-    else:
-        raise Question(f"{shown}: holds {len(found)} arrays ({listed(names)}); name the input data with --key")
-    return _rows_source(chosen, shown, batch_size, arrays.fingerprint(path))
+            raise NotFound(f"{shown}: holds no array {printable(key)!r}; it holds {listed(found)}")
+        return found[key]
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if inputs and set(inputs) <= set(found):
+        return {name: found[name] for name in inputs}
+    raise Question(f"{shown}: holds {len(found)} arrays ({listed(found)}); name the input data with --key")
 
 
 class _Concatenated:
