@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -58,7 +59,7 @@ def layers_of(model, kind):
 class _Keras3File(FileContract):
     adapter = "keras"
     mutants = 100
-    config: dict = {}
+    config: ClassVar[dict] = {}
 
     def save(self, model, path):
         model.save(path)
@@ -85,14 +86,14 @@ class TestKerasFile(_Keras3File):
 class TestRenormKerasFile(_Keras3File):
     suffix = ".keras"
     optional = (("gamma",),)
-    config = {"renorm": True}
+    config: ClassVar[dict] = {"renorm": True}
 
 
 class TestHalfPrecisionKerasFile(_Keras3File):
     suffix = ".keras"
     dtype = "float16"
     output_dtype = "float16"
-    config = {"dtype": "float16"}
+    config: ClassVar[dict] = {"dtype": "float16"}
 
     def run(self, path, x):
         return super().run(path, x).astype(np.float32)
@@ -114,8 +115,8 @@ class TestWeightsFile(_Keras3File):
     holds_epsilon = False
     default_epsilon = 1e-3
     optional = (("gamma",),)
-    options = {"absent": "gamma"}
-    write_options = {"absent": "gamma"}
+    options: ClassVar[dict] = {"absent": "gamma"}
+    write_options: ClassVar[dict] = {"absent": "gamma"}
 
     def build(self, records, path, absent=()):
         self.made = model_of(keras, records, absent)
