@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnport.calibrate.result import Calibration
 
-_HOMES = {"calibrate": "run", "Calibration": "result", "LayerStatistics": "result", "calibrate_file": "file"}
+_HOMES = {"calibrate": "run", "Calibration": "result", "LayerStatistics": "result", "calibrate_file": "file",
+          "image_statistics": "images", "ImageStatistics": "images", "map_blocks": "executors", "Moments": "moments"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
