@@ -12,7 +12,9 @@ else:
         def __getattr__(self, name):
             import numpy
 
-            return getattr(numpy, name)
+            value = getattr(numpy, name)
+            setattr(self, name, value)  # the next use finds it at once
+            return value
 
     np = _Numpy()
 

@@ -45,19 +45,21 @@ def checked_epsilon(epsilon: object) -> float:
 def _vector(name: str, value: ArrayLike) -> Array:
     """A read-only float32 or float64 copy of shape (C,); 16-bit floats widen exactly, integers become float64."""
     array = np.asarray(value)
-    if array.dtype.kind in "iu":
-        array = array.astype(np.float64)
-    elif array.dtype.name in ("float16", "bfloat16"):
-        array = array.astype(np.float32)
-    elif array.dtype.name not in ("float32", "float64"):
-        raise InvalidValue(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
+    if array.dtype.char not in "fd":
+        if array.dtype.kind in "iu":
+            array = array.astype(np.float64)
+        elif array.dtype.name in ("float16", "bfloat16"):
+            array = array.astype(np.float32)
+        else:
+            raise InvalidValue(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
     if array.ndim != 1 or array.size == 0:
         raise InvalidValue(f"{name}: expected shape (channels,) with at least one channel, got {array.shape}")
-    copy = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", subok=False)
-    finite = np.isfinite(copy)
-    if not finite.all():
-        channel = int(np.argmin(finite))
-        raise InvalidValue(f"{name}: channel {channel} is {copy[channel]}; every value must be finite")
+    copy = np.array(array, dtype=np.float32 if array.dtype.char == "f" else np.float64)
+    if not math.isfinite(np.dot(copy, copy)):  # one fast pass; it overflows for some finite values too
+        finite = np.isfinite(copy)
+        if not finite.all():
+            channel = int(np.argmin(finite))
+            raise InvalidValue(f"{name}: channel {channel} is {copy[channel]}; every value must be finite")
     copy.flags.writeable = False
     return copy
 
@@ -104,11 +106,11 @@ class BatchNorm:
         dtype = self.mean.dtype
         put(self, "gamma", _vector("gamma", np.ones(self.mean.shape, dtype) if gamma is None else gamma))
         put(self, "beta", _vector("beta", np.zeros(self.mean.shape, dtype) if beta is None else beta))
-        sizes = {name: getattr(self, name).size for name in FIELDS}
-        if len(set(sizes.values())) > 1:
-            raise InvalidValue(f"arrays of different lengths: {', '.join(f'{k} {v}' for k, v in sizes.items())}")
-        bad = self.variance.astype(np.float64) + self.epsilon <= 0
-        if bad.any():
+        if not self.gamma.size == self.beta.size == self.mean.size == self.variance.size:
+            sizes = ", ".join(f"{name} {getattr(self, name).size}" for name in FIELDS)
+            raise InvalidValue(f"arrays of different lengths: {sizes}")
+        if not float(self.variance.min()) + self.epsilon > 0:
+            bad = self.variance.astype(np.float64) + self.epsilon <= 0
             at = int(np.argmax(bad))
             raise InvalidValue(
                 f"variance + epsilon must be positive; {first_channels(bad)}: variance {float(self.variance[at])!r}"
@@ -134,8 +136,7 @@ class BatchNorm:
         if not isinstance(other, BatchNorm):
             return NotImplemented
         return self.epsilon == other.epsilon and all(
-            getattr(self, f).astype(np.float64).tobytes() == getattr(other, f).astype(np.float64).tobytes()
-            for f in FIELDS
+            _same_bits(getattr(self, field), getattr(other, field)) for field in FIELDS
         )
 
     @property
@@ -420,6 +421,12 @@ class Fit(NamedTuple):
 
     record: BatchNorm
     notes: tuple[str, ...]
+
+
+def _same_bits(one: Array, other: Array) -> bool:
+    if one.dtype != other.dtype:
+        one, other = one.astype(np.float64), other.astype(np.float64)
+    return one.tobytes() == other.tobytes()
 
 
 def _rebuild(gamma: Array, beta: Array, mean: Array, variance: Array, epsilon: float) -> BatchNorm:

@@ -23,6 +23,17 @@ def meant_epsilon(epsilon: float) -> float:
     exactly a float32 value, the shortest decimal that rounds to that float32 is returned; otherwise `epsilon` itself.
     Every engine rounds epsilon to float32 again, so the change is never observable there.
     """
+    if epsilon not in _MEANT:
+        if len(_MEANT) > 1000:
+            _MEANT.clear()
+        _MEANT[epsilon] = _meant(epsilon)
+    return _MEANT[epsilon]
+
+
+_MEANT: dict[float, float] = {}  # a network has one or two epsilons and asks for each of its layers
+
+
+def _meant(epsilon: float) -> float:
     try:
         single = struct.pack("<f", epsilon)
     except OverflowError:

@@ -130,20 +130,26 @@ def compare(
     A layer whose numbers are not BatchNorm parameters (NaN, variance + epsilon <= 0) is reported as invalid.
     """
     reports: dict[str, LayerReport] = {}
-    good: list[tuple[str, BatchNorm, BatchNorm, float]] = []
+    rounded: list[tuple[str, BatchNorm, BatchNorm, float]] = []
     for target, source in pairs.items():
         try:
             ours, theirs = sources[source].record, targets[target].record
             if ours.channels != theirs.channels:
                 raise InvalidValue(f"{ours.channels} channels in {source}, {theirs.channels} in {target}")
-            good.append((target, ours, theirs, UNIT_ROUNDOFF[targets[target].dtype]))
         except InvalidValue as error:
             reports[target] = LayerReport(target, source, targets[target].channels, INVALID, notes=(str(error),))
-    for (target, ours, theirs, _), checks in zip(good, _affine_checks(good), strict=True):
-        within = EXACT if ours == theirs else BOUNDED
-        status = within if all(check.ok for check in checks) else DIFFERENT
+            continue
+        if ours == theirs:
+            reports[target] = LayerReport(target, source, ours.channels, EXACT, _ALL_EQUAL)
+        else:
+            rounded.append((target, ours, theirs, UNIT_ROUNDOFF[targets[target].dtype]))
+    for (target, ours, _, _), checks in zip(rounded, _affine_checks(rounded), strict=True):
+        status = BOUNDED if all(check.ok for check in checks) else DIFFERENT
         reports[target] = LayerReport(target, pairs[target], ours.channels, status, checks)
     return {target: reports[target] for target in pairs}
+
+
+_ALL_EQUAL = (Check("a", 0.0, 0.0, 0.0, 0), Check("b", 0.0, 0.0, 0.0, 0))
 
 
 def _affine_checks(pairs: list[tuple[str, BatchNorm, BatchNorm, float]]) -> list[tuple[Check, Check]]:
