@@ -91,7 +91,7 @@ def test_statistics_are_the_blobs_divided_by_the_factor_as_opencv_computes(files
 def test_a_factor_of_zero_is_refused_unless_asked_for_and_then_reads_as_opencv_does(files):
     record = one()
     files.save(net(batch_norm("bn", record, "data", "bn", factor=0), scale("scale", record, "bn", "out")))
-    with pytest.raises(InvalidValue, match=r"bn.*factor 0 in .*net\.caffemodel.*allow_untrained"):
+    with pytest.raises(InvalidValue, match=r"bn.*factor 0 in .*net\.caffemodel.*--allow-untrained"):
         _ = files.read()["bn"].record
     for yes in (True, "yes", "true"):
         read = files.read(allow_untrained=yes)["bn"].record
@@ -413,7 +413,7 @@ def test_legacy_digits_files_hold_scale_bias_mean_variance_first(files):
 def test_five_blobs_of_one_channel_are_asked_about_and_the_option_decides(files, order):
     record = telling_record(1, epsilon=2.5e-3)
     files.save(net(five(record, order=order)))
-    with pytest.raises(Question, match=r"'bn' has five blobs.*blob_order=mean-first.*blob_order=scale-first"):
+    with pytest.raises(Question, match=r"'bn' has five blobs.*--blob-order mean-first.*--blob-order scale-first"):
         files.read()
     assert_same_bits(files.read(blob_order=order)["bn"].record, record)
 

@@ -138,7 +138,7 @@ def _roles(net: Net, node: Node, blobs: list[Blob], choices: Choices) -> tuple[t
                 raise Question(
                     f"{printable(net.path)}: layer {printable(node.name, 80)!r} has five blobs of one number each:"
                     " mean, variance, factor, scale, bias (NVIDIA, Intel) or scale, bias, mean, variance, factor (legacy"
-                    " DIGITS)? Say which with blob_order=mean-first or blob_order=scale-first"
+                    " DIGITS)? Say which with --blob-order mean-first or --blob-order scale-first"
                 )
             new = choices.blob_order == "mean-first"
         if new:  # Intel divides by the factor, NVIDIA always writes 1
@@ -223,7 +223,7 @@ def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
         assumed.discard("epsilon")
         notes.append("stores 1/sqrt(variance + epsilon); read as that squared, with epsilon 0")
     elif node.type == "BN" and choices.stat is None:
-        notes.append("variance assumed: BN files of Dec 2015 to Apr 2016 hold 1/std in its place (stat inverse-std)")
+        notes.append("variance assumed: BN files of Dec 2015 to Apr 2016 hold 1/std in its place (--stat inverse-std)")
     if held.form != "affine":
         momentum = FRACTION.get(node.type, 0.999) if momentum is None else momentum
         if not 0 <= float(momentum) <= 1:
@@ -284,7 +284,7 @@ def _load(path: str, held: Held, choices: Choices) -> dict[str, Array]:
         if factor == 0 and not choices.allow_untrained:
             raise InvalidValue(
                 f"scale factor 0 in {printable(path)}: the layer never saw data and holds no statistics."
-                " allow_untrained reads it as Caffe does, with mean and variance 0"
+                " --allow-untrained reads it as Caffe does, with mean and variance 0"
             )
         for field in ("mean", "variance"):
             if factor == 0:
@@ -363,10 +363,10 @@ def _untyped(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], list
         if near:
             raise Question(
                 f"{printable(net.path)}: which of {listed(near, 5)} is the Scale of {printable(held.name, 80)!r}, if any? An"
-                " HDF5 caffemodel holds no layer types and no connections; give the net's prototxt (prototxt=deploy.prototxt)"
+                " HDF5 caffemodel holds no layer types and no connections; give the net's (--prototxt deploy.prototxt)"
             )
     return found, [] if found else [
-        "no layer has the blobs of a BatchNorm (an HDF5 file names no types; give its prototxt)"
+        "no layer has the blobs of a BatchNorm (an HDF5 file names no types; give its --prototxt)"
     ]
 
 

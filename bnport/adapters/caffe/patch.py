@@ -70,11 +70,11 @@ def _planned(net: Net, held: Held, layer: Layer, change: Change) -> list[tuple[B
         raise Unrepresentable(
             f"{where}: a caffemodel cannot be given {listed(sorted(others))}; what runs the net is its prototxt"
         )
-    if "variance" in fields and record.epsilon != layer.epsilon and "epsilon" not in layer.assumed:
-        raise Unrepresentable(f"{where}: the record's epsilon is {record.epsilon!r}, the net's is {layer.epsilon!r}")
     if held.form in ("inverse-std", "affine") and fields & {"mean", "variance"}:
         what = "1/std in place of the variance" if held.form == "inverse-std" else "a folded affine and no statistics"
         raise Unrepresentable(f"{where}: holds {what}; a mean and a variance cannot be written there bit for bit")
+    if "variance" in fields and record.epsilon != layer.epsilon and "epsilon" not in layer.assumed:
+        raise Unrepresentable(f"{where}: the record's epsilon is {record.epsilon!r}, the net's is {layer.epsilon!r}")
     statistics = {"mean", "variance"} & fields
     plan: list[tuple[Blob, Array, str]] = []
     for field in sorted(fields):
@@ -87,10 +87,17 @@ def _planned(net: Net, held: Held, layer: Layer, change: Change) -> list[tuple[B
         plan.append((held.fields[field], array, field))
     if statistics and held.form == "scaled":
         factor = held.fields["factor"]
-        if float(factor.tensor.array()[0]) != 1:
+        divisor = float(factor.tensor.array()[0])
+        if divisor != 1:
             for field in {"mean", "variance"} - statistics:  # it was meant divided by the old factor
+                kept = layer.arrays()[field]
                 blob = held.fields[field]
-                plan.append((blob, layer.arrays()[field].astype(blob.tensor.dtype), field))
+                if (kept.astype(blob.tensor.dtype).astype(np.float64) != kept).any():
+                    raise Unrepresentable(
+                        f"{where}: {field} and {listed(statistics)} are stored times one factor ({divisor!r}), so one of"
+                        " them cannot be written without rounding the other; write both"
+                    )
+                plan.append((blob, kept, field))
             plan.append((factor, np.ones(1), "factor"))
     return plan
 
