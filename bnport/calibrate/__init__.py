@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnport.calibrate.result import Calibration
 
-_HOMES = {"calibrate": "run", "Calibration": "result", "LayerStatistics": "result", "calibrate_file": "file",
-          "image_statistics": "images", "ImageStatistics": "images", "map_blocks": "executors", "Moments": "moments"}  # fmt: skip
+_HOMES = {  # name -> module of this package, imported at the first use
+    "calibrate": "run",
+    "calibrate_file": "file",
+    "Calibration": "result",
+    "LayerStatistics": "result",
+    "Moments": "moments",
+    "image_statistics": "images",
+    "map_blocks": "executors",
+}
 
 
 def __getattr__(name: str) -> Any:
