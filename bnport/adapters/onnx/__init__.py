@@ -38,7 +38,7 @@ from bnport.errors import BnportError, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from bnport.layer import Change
     from bnport.record import Array
@@ -112,3 +112,17 @@ def run(source: Any, layer: str, x: Array, *, folder: str | None = None) -> dict
     from bnport.adapters.onnx.running import run_layer
 
     return run_layer(_open(source, folder), layer, x)
+
+
+def tap(source: Any, x: Any, each: Callable[[str, Any, Any], None]) -> list[Any]:
+    """Run a model on x by onnxruntime; each(layer, input, output), channel-last, for every layer of its main graph."""
+    from bnport.adapters.onnx.tapping import tap as tap_model
+
+    return tap_model(_open(source), source, x, each)
+
+
+def input_form(source: Any) -> tuple[bool, tuple[int | None, ...] | None]:
+    """(channels come first by ONNX's convention, the shape that the model declares for its one input, if it does)."""
+    from bnport.adapters.onnx.tapping import input_shape
+
+    return True, input_shape(source)

@@ -96,6 +96,7 @@ def _signs(scope: Scope, node: Node) -> tuple[bool, str]:
 
 def _layer_name(node: Node, weight: str) -> str:
     """What a person calls the layer: PyTorch's module, or the node."""
+    weight = weight.removeprefix("ConvBnFusion_W_")
     if weight.endswith(".weight"):
         return weight[: -len(".weight")]
     return node.shown

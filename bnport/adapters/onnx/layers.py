@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,8 @@ POSITIONS = {"gamma": 1, "beta": 2, "mean": 3, "variance": 4}  # inputs of the n
 EPSILON, MOMENTUM = 1e-5, 0.9  # the operator's defaults in every opset
 NARROWEST = ("float16", "bfloat16", "float32", "float64")
 _TORCH_ENDINGS = {"gamma": ".weight", "beta": ".bias", "mean": ".running_mean", "variance": ".running_var"}
+OURS = ".bnport"  # ends the name of a tensor that writing made beside a shared one; layers keep their names by it
+_MADE_HERE = re.compile(r"\.bnport(_\d+)?$")
 _TORCH_SCOPES = "pkg.torch.onnx.name_scopes"
 RECONSTRUCTED = (
     "reconstructed from a folded affine (Mul and Add): gamma and beta are its slope and intercept, with mean 0, variance 1"
@@ -278,7 +281,7 @@ def _module_path(found: Found) -> str | None:
     prefixes: list[str] = []
     for field, ending in _TORCH_ENDINGS.items():
         position = POSITIONS[field]
-        name = found.node.inputs[position] if position < len(found.node.inputs) else ""
+        name = _MADE_HERE.sub("", found.node.inputs[position] if position < len(found.node.inputs) else "")
         if name.endswith(ending):
             prefixes.append(name[: -len(ending)])
         elif name.endswith(tuple(_TORCH_ENDINGS.values())):

@@ -116,7 +116,7 @@ class _Plan:
         for field, position in layers.POSITIONS.items():
             value = held.values[field]
             if field in change.fields and isinstance(value, Known):
-                self._tensor(name, found, field, position, value, getattr(change.record, field), where)
+                self._tensor(found, field, position, value, getattr(change.record, field), where)
         if "epsilon" in change.fields:
             self._float(found, "epsilon", change.record.epsilon, where)
         if "momentum" in change.fields and change.momentum is not None:
@@ -124,9 +124,7 @@ class _Plan:
 
     # ---- tensors
 
-    def _tensor(
-        self, name: str, found: Found, field: str, position: int, value: Known, array: Array, where: str
-    ) -> None:
+    def _tensor(self, found: Found, field: str, position: int, value: Known, array: Array, where: str) -> None:
         data = packed(value.dtype, array)
         back = Tensor(field, value.dtype, array.shape, lambda: data).array()
         if not np.array_equal(back.astype(np.float64), array.astype(np.float64)):
@@ -139,7 +137,14 @@ class _Plan:
                 f"{where}: its {field} is shared inside a function of the model; inline the functions first"
             )
         else:
-            self._beside(found, position, self._new_name(f"{name}.{field}"), value.dtype, array.shape, data)
+            self._beside(
+                found,
+                position,
+                self._new_name(found.node.inputs[position] + layers.OURS),
+                value.dtype,
+                array.shape,
+                data,
+            )
 
     def _in_place(self, stored: Stored, dtype: str, data: bytes) -> None:
         """New numbers in the field that holds the old ones, if they lie in one piece there; else as raw_data."""

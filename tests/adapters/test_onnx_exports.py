@@ -1,0 +1,219 @@
+"""Real exports: what PyTorch's two exporters, Keras and onnxruntime's optimiser make of BatchNorm, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from bnport.adapters import onnx as adapter
+from bnport.errors import InvalidValue
+from bnport.record import FIELDS
+from tests.adapters import onnx_files
+from tests.adapters.contract import assert_within_bound
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "onnx"
+EXPECTED = np.load(FIXTURES / "expected.npz")
+KEPT = ("torch-kept.onnx", "torchscript-kept.onnx")
+EXPORT_CALL = "dynamo=True, optimize=False"
+
+
+def theirs(framework, layer):
+    """gamma, beta, mean, variance as that framework's own layer holds them."""
+    found = {f: EXPECTED[f"{framework}|{layer}|{f}"] for f in FIELDS if f"{framework}|{layer}|{f}" in EXPECTED}
+    found.setdefault("gamma", np.ones_like(found["mean"]))
+    found.setdefault("beta", np.zeros_like(found["mean"]))
+    return found, float(EXPECTED[f"{framework}|{layer}|epsilon"])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_every_layer_is_read_bit_for_bit_under_its_name_in_pytorch(name):
+    layers = adapter.read(str(FIXTURES / name))
+    assert list(layers) == ["bn1", "bn2", "bn3", "bn4"]
+    assert layers.notes == ()
+    for layer in layers.values():
+        arrays, epsilon = theirs("torch", layer.name)
+        assert layer.record.epsilon == epsilon
+        assert "epsilon" not in layer.assumed
+        for field, array in arrays.items():
+            assert getattr(layer.record, field).tobytes() == array.tobytes(), (layer.name, field)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kernels_and_the_graph_of_layers_are_those_of_the_network(name):
+    layers = adapter.read(str(FIXTURES / name))
+    assert [layer.kernel.kind for layer in layers.values()] == ["conv", "depthwise", "transposed", "dense"]
+    assert [layer.kernel.shape for layer in layers.values()] == [(6, 3, 3, 3), (6, 1, 3, 3), (4, 6, 2, 2), (5, 4)]
+    assert [layer.inputs for layer in layers.values()] == [(), ("bn1",), ("bn2",), ("bn3",)]
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(FIXTURES / name).graph.initializer}
+    np.testing.assert_array_equal(layers["bn1"].kernel.values(), weights["conv1.weight"])
+    np.testing.assert_array_equal(layers["bn3"].kernel.values(), weights["up.weight"].swapaxes(0, 1))
+    np.testing.assert_array_equal(layers["bn4"].kernel.values(), weights["fc.weight"])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_adapter_runs_each_layer_of_an_export_as_the_formula_says(name):
+    for layer in adapter.read(str(FIXTURES / name)).values():
+        x = layer.record.probes().astype(np.float32)
+        for y in adapter.run(str(FIXTURES / name), layer.name, x).values():
+            assert_within_bound(y, layer.record, x)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_numbers_written_into_an_export_are_what_the_whole_network_then_computes_with(name, tmp_path):
+    """Layers exchanged for others that are the same function, and the network's output must stay."""
+    from bnport.layer import Change
+
+    path, out = str(FIXTURES / name), str(tmp_path / "out.onnx")
+    changes = {}
+    for layer in adapter.read(path).values():
+        other = layer.record.with_epsilon(4e-4).rounded("float32")
+        assert other.variance.tobytes() != layer.record.variance.tobytes()
+        changes[layer.name] = Change(other, frozenset({*FIELDS, "epsilon"}))
+    adapter.write(path, changes, out)
+    x, expected = EXPECTED[f"{name}|input"], EXPECTED[f"{name}|output"]
+    y = onnx_files.run(out, x)
+    assert np.abs(y - expected).max() < 1e-4 * np.abs(expected).max()
+    assert y.tobytes() != expected.tobytes()
+    onnx.checker.check_model(out, full_check=True)
+
+
+def test_momentum_is_the_fraction_of_the_old_and_pytorchs_none_is_said():
+    layers = adapter.read(str(FIXTURES / "torch-kept.onnx"))
+    assert [layer.momentum for layer in layers.values()] == [0.9, 0.8, 0.9, None]
+    assert "momentum=None" in layers["bn4"].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("torch-default.onnx", ["conv1 (was bn1)", "depthwise (was bn2)", "up (was bn3)", "fc (was bn4)"]),
+        ("torchscript-default.onnx", ["/conv1/Conv", "/depthwise/Conv"]),
+        ("ort-optimised.onnx", ["conv1", "depthwise", "up"]),
+        ("keras.onnx", ["small_1/bn1"]),
+    ],
+)
+def test_what_was_folded_into_which_layer_is_said(name, lost):
+    (note,) = adapter.read(str(FIXTURES / name)).notes
+    assert note.startswith(f"BatchNorm was folded into {len(lost)} layer")
+    for layer in lost:
+        assert layer in note
+    assert (EXPORT_CALL in note) is name.startswith("torch")
+
+
+def test_nothing_is_said_to_be_folded_where_nothing_was():
+    for name in (*KEPT, "torchscript-training.onnx", "torchscript-shared.onnx"):
+        assert adapter.read(str(FIXTURES / name)).notes == ()
+
+
+def test_a_network_without_any_trace_of_batchnorm_is_told_how_to_export_it():
+    weight = onnx_files.raw(np.ones((2, 2), np.float32), "w")
+    made = onnx.helper.make_model(
+        onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [], [], [weight])
+    )
+    layers = adapter.read(made)
+    assert len(layers) == 0
+    assert EXPORT_CALL in layers.notes[0]
+
+
+def test_the_command_line_says_that_everything_was_folded_and_exits_with_2(tmp_path):
+    path, out = str(FIXTURES / "torch-default.onnx"), str(tmp_path / "out.keras")
+    for command in (["show", path], ["convert", path, str(FIXTURES / "keras.keras"), "-o", out]):
+        done = subprocess.run([sys.executable, "-m", "bnport", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "conv1 (was bn1)" in done.stdout + done.stderr
+        assert EXPORT_CALL in done.stdout + done.stderr
+    assert not os.path.exists(out)
+
+
+def test_an_export_in_training_mode_is_taken_with_a_note():
+    """The exporter ran the model in training mode: the statistics in the file are what onnx reads, not the module's."""
+    path = FIXTURES / "torchscript-training.onnx"
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    for layer in adapter.read(str(path)).values():
+        assert "training mode" in layer.notes[0]
+        assert layer.record.mean.tobytes() == tensors[f"{layer.name}.running_mean"].tobytes()
+        assert layer.record.mean.tobytes() != EXPECTED[f"torch|{layer.name}|mean"].tobytes()
+
+
+def test_tensors_that_the_exporter_shared_between_roles_are_read_by_position():
+    path = FIXTURES / "torchscript-shared.onnx"
+    identities = [n for n in onnx.load(path).graph.node if n.op_type == "Identity"]
+    assert identities, "this exporter no longer shares tensors; the fixture has lost its point"
+    for layer in adapter.read(str(path)).values():
+        for field, value in (("gamma", 1), ("beta", 0), ("mean", 0), ("variance", 1)):
+            np.testing.assert_array_equal(getattr(layer.record, field), np.full(3, value, np.float32))
+
+
+def test_writing_a_shared_tensor_leaves_the_other_layer_alone(tmp_path):
+    from bnport.layer import Change
+    from tests.adapters.contract import assert_same_bits, telling_record
+
+    path, out = str(FIXTURES / "torchscript-shared.onnx"), str(tmp_path / "out.onnx")
+    before, new = adapter.read(path), telling_record(3)
+    adapter.write(path, {"bn1": Change(new, frozenset({*FIELDS, "epsilon"}))}, out)
+    after = adapter.read(out)
+    assert_same_bits(after["bn1"].record, new)
+    assert_same_bits(after["bn2"].record, before["bn2"].record)
+    onnx.checker.check_model(out, full_check=True)
+    x = new.probes().astype(np.float32)
+    assert_within_bound(next(iter(adapter.run(out, "bn1", x).values())), new, x)
+
+
+@pytest.mark.parametrize("layer", ["bn2", "bn3", "bn4", "bn5"])
+def test_a_layer_that_keras_exported_as_mul_and_add_is_the_same_function_and_says_what_is_lost(layer):
+    """(a, b) against the formula on Keras' own float32 arrays, each operation of the exporter within one rounding."""
+    (found,) = [v for k, v in adapter.read(str(FIXTURES / "keras.onnx")).items() if f"/{layer}_" in f"/{k}"]
+    arrays, epsilon = theirs("keras", layer)
+    wide = {field: array.astype(np.float64) for field, array in arrays.items()}
+    a = wide["gamma"] / np.sqrt(wide["variance"] + epsilon)
+    b = wide["beta"] - wide["mean"] * a
+    got_a, got_b = found.record.affine()
+    u = 2.0**-24
+    assert (np.abs(got_a - a) <= 5 * u * np.abs(a)).all()
+    assert (np.abs(got_b - b) <= u * (7 * np.abs(wide["mean"] * a) + np.abs(b))).all()
+    assert found.record.epsilon == 0
+    assert found.assumed == {"mean", "variance"}
+    assert "statistics" in found.notes[0]
+
+
+def test_a_reconstructed_layer_runs_but_cannot_be_written(tmp_path):
+    from bnport.layer import Change
+
+    path = str(FIXTURES / "keras.onnx")
+    for layer in adapter.read(path).values():
+        x = layer.record.probes().astype(np.float32)
+        for y in adapter.run(path, layer.name, x).values():
+            assert_within_bound(y, layer.record, x)
+        with pytest.raises(InvalidValue, match="Mul and Add"):
+            adapter.write(path, {layer.name: Change(layer.record, frozenset(FIELDS))}, str(tmp_path / "out.onnx"))
+
+
+def test_the_layer_that_onnxruntime_left_is_read():
+    layers = adapter.read(str(FIXTURES / "ort-optimised.onnx"))
+    assert list(layers) == ["bn4"]
+    arrays, _ = theirs("torch", "bn4")
+    assert layers["bn4"].record.variance.tobytes() == arrays["variance"].tobytes()
+
+
+@pytest.mark.slow
+def test_the_advised_call_keeps_batchnorm_in_the_installed_pytorch(tmp_path):
+    """The default export of today's exporters folds; the call that our note prints does not; and we read both."""
+    import torch  # about 20 s, nearly all of it PyTorch's own import of its exporter
+
+    from fixtures.onnx.make import small
+
+    x = torch.zeros(2, 3, 8, 8)
+    for options, kept in (({"dynamo": True}, 0), ({"dynamo": True, "optimize": False}, 4), ({"dynamo": False}, 2)):
+        path = str(tmp_path / "model.onnx")
+        torch.onnx.export(small(), (x,), path, verbose=False, **options)
+        layers = adapter.read(path)
+        assert len(layers) == kept
+        assert ("folded" in " ".join(layers.notes)) is (kept != 4)
+        for layer in layers.values():
+            assert layer.record.mean.tobytes() == EXPECTED[f"torch|{layer.name}|mean"].tobytes()
