@@ -85,3 +85,27 @@ def others(path):
     found["graph"] = b"".join(v.SerializeToString() for v in (*loaded.graph.input, *loaded.graph.output))
     found["model"] = loaded.producer_name.encode() + b"".join(o.SerializeToString() for o in loaded.opset_import)
     return found
+
+
+FLOAT = TensorProto.FLOAT
+
+
+def info(name, kind, *shape):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def graph_model(nodes, initializers=(), *, channels=7, inputs=(), opset=15, functions=(), domains=()):
+    """A model around nodes that make 'y' out of 'x' (N, channels)."""
+    ends = [helper.make_tensor_value_info(n, FLOAT, ["N", channels]) for n in ("x", "y")]
+    graph = helper.make_graph(list(nodes), "graph", [ends[0], *inputs], [ends[1]], list(initializers))
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
+    return helper.make_model(graph, opset_imports=opsets, functions=list(functions), ir_version=8)
+
+
+def tensors(record, names=FIELDS):
+    return [raw(getattr(record, f), n) for f, n in zip(FIELDS, names, strict=True)]
+
+
+def norm(names=FIELDS, *, x="x", y="y", name="bn", **attributes):
+    attributes.setdefault("epsilon", 2.5e-3)
+    return helper.make_node("BatchNormalization", [x, *names], [y], name=name, **attributes)
