@@ -19,7 +19,8 @@ _CHANNELWISE_CALLS = ("relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "ge
 def traced(model: Any, norms: Iterable[str]) -> dict[str, tuple[str, tuple[str, ...]]] | None:
     """BatchNorm name -> (name of the module whose kernel feeds it or "", names of the BatchNorms just before it).
 
-    None if the model cannot be traced symbolically (its path depends on the data) or tracing does not meet all `norms`.
+    None if the model cannot be traced symbolically (its path depends on the data). Layers that its forward does not
+    reach in the mode that it is in (an auxiliary head in eval mode) are missing.
     """
     import logging
 
@@ -28,18 +29,20 @@ def traced(model: Any, norms: Iterable[str]) -> dict[str, tuple[str, tuple[str, 
 
     wanted = set(norms)
     kernels = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
+    modules = dict(model.named_modules())
+    plain = _without(modules, wanted, kernels)
 
     class Tracer(torch.fx.Tracer):  # type: ignore[misc]
         def is_leaf_module(self, m: Any, module_qualified_name: str) -> bool:
             return (
                 module_qualified_name in wanted
                 or isinstance(m, kernels)
+                or module_qualified_name in plain  # pooling that pads by the size of its input, and the like
                 or bool(super().is_leaf_module(m, module_qualified_name))
             )
 
     if isinstance(model, torch.jit.ScriptModule) or wanted == {""}:
         return None
-    modules = dict(model.named_modules())
     modes = {m: m.training for m in modules.values()}
     logging_level = logging.root.manager.disable
     try:
@@ -54,9 +57,20 @@ def traced(model: Any, norms: Iterable[str]) -> dict[str, tuple[str, tuple[str, 
     return _walked(graph, modules, wanted, kernels)
 
 
+def _without(modules: Mapping[str, Any], wanted: set[str], kernels: tuple[type, ...]) -> set[str]:
+    """The modules that hold neither a kernel nor a BatchNorm: what they compute inside does not matter here."""
+    holding = {""}
+    for name, module in modules.items():
+        if name in wanted or isinstance(module, kernels):
+            while name:
+                holding.add(name)
+                name = name.rpartition(".")[0]
+    return set(modules) - holding
+
+
 def _walked(
     graph: Any, modules: Mapping[str, Any], wanted: set[str], kernels: tuple[type, ...]
-) -> dict[str, tuple[str, tuple[str, ...]]] | None:
+) -> dict[str, tuple[str, tuple[str, ...]]]:
     before: dict[Any, dict[str, None]] = {}  # the BatchNorms that reach a node with none between, in order
     feeds: dict[Any, str] = {}  # the kernel module that a node's channels come from
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
@@ -80,4 +94,4 @@ def _walked(
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
             if name in _CHANNELWISE_CALLS:
                 feeds[node] = fed_by
-    return found if set(found) == wanted else None
+    return found

@@ -144,7 +144,8 @@ def feeding(definitions: Iterable[Definition]) -> dict[str, Kernel]:
 
     A kernel counts if it is the only one defined in the BatchNorm's own module since the BatchNorm before, directly
     precedes it, and has as many outputs as it has channels. Pre-activation networks define the BatchNorm before the
-    kernel, so it finds none there, or the one of another module, which does not count either.
+    kernel, so it finds none there, or the one of another module, which does not count either. A depthwise kernel with
+    its pointwise one in one child module of the BatchNorm's own counts as the pointwise one.
     """
     found: dict[str, Kernel] = {}
     since: list[Definition] = []
@@ -153,9 +154,25 @@ def feeding(definitions: Iterable[Definition]) -> dict[str, Kernel]:
             since.append(definition)
             continue
         beside = [d for d in since if definition.parent in (d.parent, d.name)]  # d.name: ConvBn holds its own kernel
+        if not beside and _separable(since, definition.parent):
+            beside = since[-1:]
         if len(beside) == 1 and since[-1] is beside[0] and beside[0].out == definition.out:
             kernel = beside[0].kernel
             if kernel is not None:
                 found[definition.name] = kernel
         since = []
     return found
+
+
+def _separable(since: list[Definition], parent: str) -> bool:
+    """Whether `since` is a depthwise and its pointwise kernel, in one module that lies directly in `parent`."""
+    if len(since) != 2 or since[0].parent != since[1].parent or since[1].parent.rpartition(".")[0] != parent:
+        return False
+    depthwise, pointwise = since[0].kernel, since[1].kernel
+    return (
+        depthwise is not None
+        and pointwise is not None
+        and depthwise.kind == "depthwise"
+        and pointwise.shape[1] == depthwise.shape[0]
+        and all(length == 1 for length in pointwise.shape[2:])
+    )

@@ -127,7 +127,7 @@ def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[L
     norms = dict(_norms(model))
     graph = traced(model, norms) if norms else None
     kernels: Mapping[str, Kernel] = {}
-    if graph is None:
+    if graph is None or set(norms) - set(graph):
         kernels = feeding(_definitions(model, plain))
     layers = []
     for name, module in norms.items():

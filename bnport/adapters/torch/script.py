@@ -129,6 +129,9 @@ def _layer(
         )
     if isinstance(state.get("eps"), float):  # an attribute, in files of older versions
         epsilon = state["eps"]
+    notes = []
+    if epsilon is None and code:
+        notes.append("its code never applies it in a way that shows epsilon (a trace holds only what it called)")
     counter = checkpoint.tensor(state.get("num_batches_tracked"), name)
     tensors = {
         n: checkpoint.tensor(state.get(n), f"{name}.{n}") for n in ("weight", "bias", "running_mean", "running_var")
@@ -142,6 +145,7 @@ def _layer(
         counter=counter,
         inplace_abn=bool(inplace_abn) and tensors["weight"] is not None,
         kernel=kernel,
+        notes=notes,
     )
 
 
