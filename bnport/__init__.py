@@ -20,21 +20,36 @@ if TYPE_CHECKING:
     from bnport.adapters import read
     from bnport.assign import set_weights
     from bnport.convert import convert, save_records, verify
+    from bnport.diagnosis import explain
     from bnport.layer import Layer, Layers
     from bnport.record import BatchNorm
+    from bnport.trace import trace
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchNorm", "Layer", "Layers", "convert", "read", "save_records", "set_weights", "verify"]
+__all__ = [
+    "BatchNorm",
+    "Layer",
+    "Layers",
+    "convert",
+    "explain",
+    "read",
+    "save_records",
+    "set_weights",
+    "trace",
+    "verify",
+]
 
 _HOMES = {
     "BatchNorm": "record",
     "Layer": "layer",
     "Layers": "layer",
     "convert": "convert",
+    "explain": "diagnosis",
     "read": "adapters",
     "save_records": "convert",
     "set_weights": "assign",
+    "trace": "trace",
     "verify": "convert",
 }
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from bnport.adapters.keras.entry import Contents
     from bnport.layer import Change, Layers
@@ -120,3 +120,24 @@ def run_all(source: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     from bnport.adapters.keras.running import run_all as run_layers
 
     return run_layers(source, inputs)
+
+
+def tap(model: Any, x: Any, each: Callable[[str, Any, Any, str], None]) -> list[Any]:
+    """Run a live model on x at inference; each(layer, input, output, dtype) for every layer call."""
+    from bnport.adapters.keras.tapping import tap as tap_live
+
+    return tap_live(model, x, each)
+
+
+def input_form(model: Any) -> tuple[bool, tuple[int | None, ...] | None]:
+    """(whether channels come first in the model's data, the shape that it declares for its one input, if it does)."""
+    from bnport.adapters.keras.tapping import channels_first, input_shape
+
+    return channels_first(model), input_shape(model)
+
+
+def load_model(path: str) -> Any:
+    """A live model by Keras' own loader in safe mode, which refuses Lambda layers: only for running the whole network."""
+    from bnport.adapters.keras.running import loaded
+
+    return loaded(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.keras import live
-from bnport.errors import MissingDependency, NotFound, listed, printable
+from bnport.errors import FormatError, MissingDependency, NotFound, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,3 +124,13 @@ def _built(package: Any, entry: Entry) -> Any:
         layer.epsilon = 0.0
     layer.load_own_variables({str(i): array for i, array in enumerate(arrays.values())})
     return layer
+
+
+def loaded(path: str) -> Any:
+    """The model in a file, by keras.saving.load_model(safe_mode=True)."""
+    package = _keras()
+    try:
+        return package.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(f"{printable(path)}: Keras cannot load the whole model: {printable(first)}") from None

@@ -114,8 +114,8 @@ def run(source: Any, layer: str, x: Array, *, folder: str | None = None) -> dict
     return run_layer(_open(source, folder), layer, x)
 
 
-def tap(source: Any, x: Any, each: Callable[[str, Any, Any], None]) -> list[Any]:
-    """Run a model on x by onnxruntime; each(layer, input, output), channel-last, for every layer of its main graph."""
+def tap(source: Any, x: Any, each: Callable[[str, Any, Any, str], None]) -> list[Any]:
+    """Run a model on x by onnxruntime; each(layer, input, output, dtype) for every layer of its main graph."""
     from bnport.adapters.onnx.tapping import tap as tap_model
 
     return tap_model(_open(source), source, x, each)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 
 
-def tap(opened: Model, source: Any, x: Array, each: Callable[[str, Array, Array], None]) -> list[Array]:
-    """Run the model on x with the layers' tensors as further outputs; call each(layer, input, output); its own outputs.
+def tap(opened: Model, source: Any, x: Array, each: Callable[[str, Array, Array, str], None]) -> list[Array]:
+    """Run the model on x with the layers' tensors as further outputs; each(layer, input, output, dtype); its own outputs.
 
     Inputs and outputs come channel-last, shape (..., C). Optimisations are off, so nothing is folded away. Layers inside
     functions and subgraphs have no outputs of their own and are not reported.
@@ -56,7 +56,7 @@ def tap(opened: Model, source: Any, x: Array, each: Callable[[str, Array, Array]
         raise InvalidValue(f"{printable(opened.source)}: onnxruntime: {printable(first)}") from None
     values[free[0].name] = feed
     for name, (start, end) in places.items():
-        each(name, _last(values[start]), _last(values[end]))
+        each(name, _last(values[start]), _last(values[end]), values[end].dtype.name)
     return [values[name] for name in originals]
 
 
@@ -65,7 +65,9 @@ def _libraries() -> tuple[Any, Any]:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise MissingDependency(f"onnx and onnxruntime are needed to trace: pip install bnport[onnx] ({error})") from None
+        raise MissingDependency(
+            f"onnx and onnxruntime are needed to trace: pip install bnport[onnx] ({error})"
+        ) from None
     return onnx, onnxruntime
 
 

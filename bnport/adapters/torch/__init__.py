@@ -32,7 +32,7 @@ from bnport.errors import BnportError, FormatError, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.layer import Change
@@ -166,3 +166,15 @@ def run(source: Any, layer: str, x: Any, *, key: str | None = None, inplace_abn:
     from bnport.adapters.torch.live import run_live
 
     return run_live(source, layer, x, key, inplace_abn)
+
+
+def tap(model: Any, x: Any, each: Callable[[str, Any, Any, str], None]) -> list[Any]:
+    """Run a live module on x (N, C, ...) at inference; each(layer, input, output, dtype) for every layer call."""
+    from bnport.adapters.torch.tapping import tap as tap_live
+
+    return tap_live(model, x, each)
+
+
+def input_form(model: Any) -> tuple[bool, None]:  # noqa: ARG001
+    """(channels come first, no shape is declared): torch's convention."""
+    return True, None

@@ -1,0 +1,69 @@
+"""Two whole networks, one input: where do they part, and is it a BatchNorm layer or something before it?
+
+Both networks run in their own frameworks. At every call of every paired BatchNorm layer two questions are asked:
+
+- does this layer differ: is what came out of B's layer, for what went into it, within the derived bound of A's formula?
+- did its input already differ: root-mean-square of the difference over that of A's input, against `tolerance`. Between
+  BatchNorm layers lie convolutions, whose rounding has no bound that is derived here, so this one is a threshold.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from bnport import adapters
+from bnport._lazy import np
+from bnport.convert import pair
+from bnport.errors import InvalidValue, printable
+from bnport.trace.comparison import TOLERANCE, Comparison
+from bnport.trace.layout import channels_first, oriented
+from bnport.trace.result import Own, Step, Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from bnport.trace.layout import Form
+
+__all__ = ["TOLERANCE", "Own", "Step", "Trace", "trace"]
+
+
+def trace(
+    a: Any,
+    b: Any,
+    x: Any,
+    *,
+    layout: str | None = None,
+    tolerance: float | None = None,
+    map: Mapping[str, str] | None = None,
+    skip: Iterable[str] = (),
+    only_under: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Trace:
+    """Run two whole networks on one input and say where they part.
+
+    a is the original, b the port: live torch or Keras models, ONNX models or .onnx paths. x: an array (N, ...); layout,
+    such as "NCHW" or "NHWC", says where its channels are if its shape does not, and each network gets it as it needs it.
+    tolerance: the relative difference of a layer's inputs, or of the outputs, that counts (default 1e-4, 0.05 where 16-bit
+    floats are involved). map, skip, only_under: as for `bnport.convert`. The models are left as they were.
+
+    Raises InvalidValue for an input or a model that cannot be run, Question where the layout decides and is not given.
+    """
+    x = np.asarray(x)
+    sides = [(model, adapters.find(model)) for model in (a, b)]
+    for model, adapter in sides:
+        if not hasattr(adapter, "tap"):
+            kind = adapter.__name__.rsplit(".", 1)[-1]
+            raise InvalidValue(f"a whole {kind} model cannot be run here; torch, Keras and ONNX models can")
+        if isinstance(model, str | os.PathLike) and "onnx" not in adapter.PACKAGES:
+            raise InvalidValue(f"{printable(model)}: give the live model; this file holds weights, not a network")
+    forms: list[Form] = [adapter.input_form(m) for m, adapter in sides]  # type: ignore[attr-defined]
+    first = channels_first(x, layout, forms)
+    layers_a, layers_b = (adapters.read_some(model) for model, _ in sides)
+    match = pair(layers_a, layers_b, map=map, skip=skip, only_under=only_under)
+    match.raise_if_bad()
+    comparison = Comparison(layers_a, layers_b, match.pairs, tolerance, progress)
+    (_, adapter_a), (_, adapter_b) = sides
+    outputs_a = adapter_a.tap(a, oriented(x, first, *forms[0]), comparison.of_a)  # type: ignore[attr-defined]
+    outputs_b = adapter_b.tap(b, oriented(x, first, *forms[1]), comparison.of_b)  # type: ignore[attr-defined]
+    return comparison.result(outputs_a, outputs_b)

@@ -1,0 +1,206 @@
+"""Two networks' calls compared as they come in: does a layer differ, or did its input already?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnport._lazy import np
+from bnport.errors import listed, printable
+from bnport.explain import explain
+from bnport.trace.result import Own, Step, Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from bnport.layer import Layers
+    from bnport.record import Array, BatchNorm
+
+TOLERANCE = (
+    1e-4  # float32 networks of 150 layers differ by some 1e-6 between frameworks, wrong padding by 1e-2 and more
+)
+TOLERANCE_16 = 0.05  # 2**-8 per bfloat16 rounding, some hundreds of them
+_ROWS = 1 << 16  # positions that are compared at a time, so that float64 copies stay small
+
+
+class Comparison:
+    """Takes the calls of A, then those of B, and compares the two as B's come in."""
+
+    def __init__(
+        self,
+        layers_a: Layers,
+        layers_b: Layers,
+        pairs: Mapping[str, str],
+        tolerance: float | None,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self.layers_a, self.layers_b, self.pairs = layers_a, layers_b, pairs
+        self.tolerance, self.progress = tolerance, progress
+        self.wanted = set(pairs.values())
+        self.seen: dict[str, list[tuple[Array, Array, str]]] = {}
+        self.calls: dict[str, int] = {}
+        self.steps: list[Step] = []
+        self.faults: list[str] = []
+        self.narrow = False
+        self.done = 0
+
+    def _step(self, what: str) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(min(self.done, 2 * len(self.pairs)), 2 * len(self.pairs), what)
+
+    def of_a(self, name: str, x: Array, y: Array, dtype: str) -> None:
+        """One call in A: kept, and held against A's own numbers."""
+        if name not in self.wanted:
+            return
+        record = self.layers_a[name].record
+        own = _own(record, record, x, y, dtype, self.layers_a[name].dtype)
+        if own.ratio > 1 and name not in self.seen:
+            self.faults.append(
+                f"{printable(name)} of {self.layers_a.source} does not compute its own formula ({_own_words(own)}): is it in"
+                " training mode, or does it override what BatchNorm does?"
+            )
+        self.seen.setdefault(name, []).append((x, y, dtype))
+        self._step(f"running {name}")
+
+    def of_b(self, name: str, x: Array, y: Array, dtype: str) -> None:
+        """One call in B: compared with the same call in A."""
+        if name not in self.pairs:
+            return
+        source, call = self.pairs[name], self.calls.get(name, 0)
+        self.calls[name] = call + 1
+        calls = self.seen.get(source, [])
+        if call >= len(calls):
+            self.faults.append(
+                f"{printable(name)} is called {call + 1} times, {printable(source)} {len(calls)} times in the original"
+            )
+            return
+        x_a, y_a, dtype_a = calls[call]
+        calls[call] = (x_a[:0], y_a[:0], dtype_a)  # compared once; let it go
+        own = _own(self.layers_a[source].record, self.layers_b[name].record, x, y, dtype, self.layers_b[name].dtype)
+        self.narrow = self.narrow or {dtype, dtype_a} & {"float16", "bfloat16"} != set()
+        limit = self._limit()
+        self.steps.append(
+            Step(source, name, call, _difference(x_a, x), _difference(y_a, y), own, (x_a.shape, x.shape), limit)
+        )
+        self._step(f"running {name}")
+
+    def _limit(self) -> float:
+        return self.tolerance if self.tolerance is not None else TOLERANCE_16 if self.narrow else TOLERANCE
+
+    def result(self, outputs_a: list[Array], outputs_b: list[Array]) -> Trace:
+        """The verdict, once both have run."""
+        tolerance = self._limit()
+        notes = []
+        called = {step.b for step in self.steps}
+        uncalled = [name for name in self.pairs if name not in called]
+        if uncalled:
+            notes.append(f"{listed(uncalled, 4)}: not seen in both networks while they ran")
+        difference = float("inf")
+        if len(outputs_a) == len(outputs_b):
+            difference = max(
+                (_difference(*_aligned(u, v)) for u, v in zip(outputs_a, outputs_b, strict=True)), default=0.0
+            )
+        else:
+            self.faults.append(f"{len(outputs_a)} outputs in the original, {len(outputs_b)} in the port")
+        wrong = [step for step in self.steps if step.layer_differs]
+        explanation = None
+        if wrong:
+            pairs = {step.b: step.a for step in wrong}
+            explanation = explain(self.layers_a, self.layers_b, pairs, live=True)
+        self.faults += [fault for _, fault in sorted([*self._of_layers(wrong), *self._of_inputs()])]
+        if not difference <= tolerance and not self.faults:
+            after = f"after the last BatchNorm layer, {printable(self.steps[-1].b)}" if self.steps else "somewhere"
+            self.faults.append(
+                f"the networks part {after}: their outputs differ by {difference:.2g}, and every BatchNorm layer agrees; look"
+                " at the layers that follow it (pooling, flattening order, dense kernels)"
+            )
+        if self.progress:
+            self.progress(2 * len(self.pairs), 2 * len(self.pairs), "")
+        return Trace(
+            self.layers_a.source, self.layers_b.source, tuple(self.steps), difference, tolerance, tuple(self.faults),
+            tuple(notes), explanation,
+        )  # fmt: skip
+
+    def _of_layers(self, wrong: list[Step]) -> Iterable[tuple[int, str]]:
+        for step in wrong:
+            yield (
+                self.steps.index(step),
+                f"{printable(step.b)} is another function than {printable(step.a)}: {_own_words(step.own)}",
+            )
+
+    def _of_inputs(self) -> Iterable[tuple[int, str]]:
+        """Where an input differs although everything known to lead to it agrees."""
+        by_name = {step.b: step for step in self.steps if step.call == 0}
+        for number, step in enumerate(self.steps):
+            if not step.input_differs:
+                continue
+            before = self.layers_b[step.b].inputs
+            known = list(self.steps[:number])  # without a graph, all that ran earlier may lead here
+            if before is not None:
+                known = [by_name[name] for name in before if name in by_name]
+            if any(earlier.output_differs for earlier in known):
+                continue
+            yield number, self._input_fault(step, number, before)
+
+    def _input_fault(self, step: Step, number: int, before: tuple[str, ...] | None) -> str:
+        if before is None:
+            where = f"after {printable(self.steps[number - 1].b)}" if number else "between the network's input and it"
+        else:
+            where = f"between {listed(before, 3)} and it" if before else "between the network's input and it"
+        if step.shapes[0] != step.shapes[1]:
+            what = f"its input has shape {step.shapes[1]}, in the original {step.shapes[0]} (channels last)"
+            why = "padding, a stride or the size of the image"
+        else:
+            what = f"its input already differs by {step.input_difference:.2g}"
+            why = "padding, a kernel" if number or before else "preprocessing, padding, a kernel"
+        return f"before {printable(step.b)}: {what}; the fault lies {where}: {why}"
+
+
+def _own(reference: BatchNorm, held: BatchNorm, x: Array, y: Array, dtype: str, stored: str) -> Own:
+    """y against reference(x), for the place of the largest error over bound; in float64, some positions at a time."""
+    worst = Own(0.0, 0, 0.0, 0.0)
+    if x.shape != y.shape or x.shape[-1] != reference.channels:
+        return Own(float("inf"), 0, float("nan"), float("nan"))
+    rows_x, rows_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    for start in range(0, len(rows_x), _ROWS):
+        seen, got = rows_x[start : start + _ROWS].astype(np.float64), rows_y[start : start + _ROWS].astype(np.float64)
+        expected = reference(seen)
+        bound = held.error_bound(seen, output_dtype=dtype) + held.storage_bound(seen, dtype=stored)
+        with np.errstate(invalid="ignore"):
+            ratio = np.abs(got - expected) / bound
+        ratio = np.where(np.isnan(ratio), np.inf, ratio)
+        at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+        if ratio[at] > worst.ratio:
+            worst = Own(float(ratio[at]), int(at[1]), float(expected[at]), float(got[at]))
+    return worst
+
+
+def _own_words(own: Own) -> str:
+    return f"channel {own.channel}: {own.expected:.7g} expected, {own.got:.7g} got, {own.ratio:.3g} times the bound"
+
+
+def _difference(a: Array, b: Array) -> float:
+    """Root mean square of a - b over that of a; inf where the shapes differ or something is not a number."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.size:
+        return 0.0
+    one, other = a.reshape(-1), b.reshape(-1)
+    top = bottom = 0.0
+    for start in range(0, one.size, 1 << 22):
+        u, v = one[start : start + (1 << 22)].astype(np.float64), other[start : start + (1 << 22)].astype(np.float64)
+        top, bottom = top + float(np.sum((u - v) ** 2)), bottom + float(np.sum(u**2))
+    if top == 0:
+        return 0.0
+    ratio = (top / bottom) ** 0.5 if bottom else float("inf")
+    return ratio if ratio == ratio else float("inf")
+
+
+def _aligned(a: Array, b: Array) -> tuple[Array, Array]:
+    """Two outputs with their channels in one place, if moving them makes the shapes equal."""
+    if a.shape != b.shape and a.ndim == b.ndim and a.ndim > 2:
+        if np.moveaxis(a, 1, -1).shape == b.shape:
+            return np.moveaxis(a, 1, -1), b
+        if np.moveaxis(b, 1, -1).shape == a.shape:
+            return a, np.moveaxis(b, 1, -1)
+    return a, b
