@@ -122,11 +122,17 @@ def check_output(out: str, *, force: bool = False, inputs: Iterable[str] = ()) -
     if not stat.S_ISREG(status.st_mode):
         raise OutputError(f"{shown}: is not a regular file")
     for path in inputs:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(path), status):
-                raise OutputError(f"{shown}: is the input {printable(path)} itself; choose another output")
+        if _is_file(path, status):
+            raise OutputError(f"{shown}: is the input {printable(path)} itself; choose another output")
     if not force:
         raise OutputError(f"{shown}: exists already; --force replaces it")
+
+
+def _is_file(path: str, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), status)
+    except OSError:
+        return False
 
 
 def replace_file(

