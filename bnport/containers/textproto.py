@@ -32,8 +32,8 @@ _TOKEN = re.compile(
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?\Z")
-_ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{1,2}|[0-7]{1,3}|.)")
-_LETTERS = {"n": "\n", "r": "\r", "t": "\t", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
+_ESCAPE = re.compile(rb"\\(x[0-9A-Fa-f]{1,2}|[0-7]{1,3}|.)", re.DOTALL)
+_LETTERS = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
 _CLOSING = {"{": "}", "<": ">"}
 
 
@@ -131,8 +131,8 @@ def read(path: str) -> Message:
     file = ReadFile(path)
     if file.size > LARGEST_FILE:
         raise FormatError(f"{printable(path)}: {file.size} bytes of prototxt; the limit is {LARGEST_FILE}")
-    # comments come in any encoding; a name that is not UTF-8 reads as it does from a binary file
-    text = file.pread(0, file.size).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "backslashreplace")
+    # comments come in any encoding
+    text = file.pread(0, file.size).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     return parse(text, path)
 
 
@@ -257,19 +257,16 @@ class _Parser:
 
 
 def _unescape(text: str) -> str:
-    if "\\" not in text:
+    """The bytes that a string spells, as text; what is not UTF-8 becomes \\xNN, as in names from a binary file."""
+    if text.isascii() and "\\" not in text:
         return text
+    return _ESCAPE.sub(_escaped, text.encode("utf-8", "surrogateescape")).decode("utf-8", "backslashreplace")
 
-    def one(match: re.Match[str]) -> str:
-        escape = match[1]
-        if escape[0] == "x" and len(escape) > 1:
-            return chr(int(escape[1:], 16))
-        if escape[0] in "01234567":
-            return chr(int(escape, 8) & 0xFF)
-        return _LETTERS.get(escape, escape)
 
-    raw = _ESCAPE.sub(one, text)
-    try:  # escapes are bytes: UTF-8 spelled in octal means the character
-        return raw.encode("latin-1").decode("utf-8")
-    except (UnicodeEncodeError, UnicodeDecodeError):
-        return raw
+def _escaped(match: re.Match[bytes]) -> bytes:
+    escape = match[1]
+    if escape[:1] == b"x" and len(escape) > 1:
+        return bytes((int(escape[1:], 16),))
+    if escape[:1] in b"01234567":
+        return bytes((int(escape, 8) & 0xFF,))
+    return _LETTERS.get(escape, escape)

@@ -20,7 +20,8 @@ _MESSAGES = {
     "BlobShape": "1 *int64 dim packed",
     "BlobProto": """1 int32 num, 2 int32 channels, 3 int32 height, 4 int32 width, 5 *float data packed,
         7 BlobShape shape, 8 *double double_data packed, 10 int32 raw_data_type, 12 bytes raw_data""",
-    "UnpackedBlobProto": "5 *float data, 7 BlobShape shape, 8 *double double_data",
+    "UnpackedBlobProto": """1 int32 num, 2 int32 channels, 3 int32 height, 4 int32 width, 5 *float data,
+        7 BlobShape shape, 8 *double double_data""",
     "BatchNormParameter": "1 bool use_global_stats, 2 float moving_average_fraction, 3 float eps, 7 bool scale_bias",
     "ScaleParameter": "1 int32 axis, 2 int32 num_axes, 4 bool bias_term",
     "BiasParameter": "1 int32 axis, 2 int32 num_axes",
@@ -131,8 +132,11 @@ def field(number, data):
     return tag(number, 2) + varint(len(data)) + data
 
 
-def unpacked(message):
-    """The bytes of a net whose blob floats are each a field of their own, as protobuf wrote them before [packed]."""
+def unpacked(message, legacy=False):
+    """The bytes of a net whose blob floats are each a field of their own, as protobuf wrote them before [packed].
+
+    legacy: with four-axis shapes (num, channels, height, width) too.
+    """
     out = b"" if not message.name else field(1, message.name.encode())
     for one in message.layer:
         bare = T["LayerParameter"].FromString(one.SerializeToString())
@@ -140,7 +144,11 @@ def unpacked(message):
         data = bare.SerializeToString()
         for stored in one.blobs:
             loose = T["UnpackedBlobProto"](data=list(stored.data))
-            loose.shape.CopyFrom(stored.shape)
+            if legacy:
+                four = [1] * (4 - len(stored.shape.dim)) + list(stored.shape.dim)
+                loose.num, loose.channels, loose.height, loose.width = four
+            else:
+                loose.shape.CopyFrom(stored.shape)
             data += field(7, loose.SerializeToString())
         out += field(100, data)
     return out

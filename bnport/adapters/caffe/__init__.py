@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from bnport.adapters.caffe.net import Net
-    from bnport.adapters.caffe.norm import Choices
+    from bnport.adapters.caffe.values import Choices
     from bnport.layer import Change
     from bnport.record import Array
 
@@ -109,7 +109,8 @@ def opened(source: str, prototxt: str | None) -> Net:
 
 def choices(stat: str | None, blob_order: str | None, allow_untrained: bool | str | None) -> Choices:
     """The options, checked."""
-    from bnport.adapters.caffe.norm import BLOB_ORDERS, STATS, Choices
+    from bnport.adapters.caffe.norm import BLOB_ORDERS, STATS
+    from bnport.adapters.caffe.values import Choices
 
     for name, given, known in (("stat", stat, STATS), ("blob_order", blob_order, BLOB_ORDERS)):
         if given is not None and given not in known:

@@ -20,7 +20,7 @@ from bnport.errors import BnportError, InvalidValue, MissingDependency, NotFound
 
 if TYPE_CHECKING:
     from bnport.adapters.caffe.net import Net, Node
-    from bnport.adapters.caffe.norm import Choices, Held
+    from bnport.adapters.caffe.values import Choices, Held
     from bnport.record import Array
 
 TIMEOUT = 120.0  # seconds; importing cv2 takes under one

@@ -7,9 +7,9 @@ of legacy DIGITS files); yjxiong/caffe python/bn_convert_style.py (1/std in file
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from bnport._lazy import np
+from bnport.adapters.caffe.values import Choices, Held, listed_tensors, load, narrowest
 from bnport.adapters.caffe.wiring import Wiring
 from bnport.errors import FormatError, InvalidValue, Question, listed, printable
 from bnport.layer import Layer
@@ -17,38 +17,13 @@ from bnport.layer import Layer
 if TYPE_CHECKING:
     from bnport.adapters.caffe.blob import Blob
     from bnport.adapters.caffe.net import Net, Node
-    from bnport.record import Array
 
 EPSILON = 1e-5  # BatchNormParameter.eps and BNParameter.eps
 FRACTION = {"BatchNorm": 0.999, "BN": 0.9}  # moving_average_fraction; BNParameter.momentum: of the old value kept
-SEGNET_EPSILON = 1e-9  # var_eps_, written into SegNet's bn_layer.cpp; used while learning only
 CUDNN_EPSILON = 1e-5  # CUDNN_BN_MIN_EPSILON: NVIDIA's and PSPNet's layers use max(eps, this)
 
 STATS = ("variance", "inverse-std")
 BLOB_ORDERS = ("mean-first", "scale-first")
-
-
-class Choices(NamedTuple):
-    """What the user decided where files do not: the options of `read`, checked."""
-
-    stat: str | None = None
-    blob_order: str | None = None
-    allow_untrained: bool = False
-
-
-class Held(NamedTuple):
-    """One record of a net: its name, the nodes that it is made of, and the blob of each field.
-
-    fields: of gamma, beta, mean, variance, factor: the blob.
-    form:   "scaled" (mean and variance multiplied by factor), "plain", "inverse-std" or "affine" (no statistics).
-    """
-
-    name: str
-    node: Node
-    tail: tuple[Node, ...]
-    fields: dict[str, Blob]
-    form: str
-    channels: int
 
 
 def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], list[str]]:
@@ -236,73 +211,21 @@ def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
         ))  # fmt: skip
     broadcast = [f for f in ("gamma", "beta") if f in fields and fields[f].count != held.channels]
     notes += [f"{field} is one number for all channels" for field in broadcast]
-    direct = {f: b.tensor for f, b in fields.items() if b.count == held.channels and _stored_as_is(held, f)}
     try:
         return Layer(
             held.name,
             channels=held.channels,
             epsilon=float(epsilon),
             momentum=None if momentum is None else float(momentum),
-            load=lambda: _load(net.path, held, choices),
+            load=lambda: load(net.path, held, choices),
             stores=stores,
             assumed=assumed,
-            dtype=_narrowest(held),
-            tensors=direct,
+            dtype=narrowest(held),
+            tensors=listed_tensors(net.path, held, choices),
             notes=notes,
         )
     except InvalidValue as error:
         raise FormatError(f"{printable(net.path)}: {error}") from None
-
-
-def _stored_as_is(held: Held, field: str) -> bool:
-    if field in ("gamma", "beta"):
-        return True
-    return held.form == "plain" and field in ("mean", "variance")
-
-
-def _narrowest(held: Held) -> str:
-    """The dtype that every blob can hold: what a change must be rounded to before it is written."""
-    order = ("float16", "float32", "float64")
-    return min((blob.tensor.dtype for field, blob in held.fields.items() if field != "factor"), key=order.index)
-
-
-def _load(path: str, held: Held, choices: Choices) -> dict[str, Array]:
-    arrays: dict[str, Array] = {}
-    for field in ("gamma", "beta", "mean", "variance"):
-        if field in held.fields:
-            array = held.fields[field].tensor.array()
-            arrays[field] = array if array.size == held.channels else np.repeat(array, held.channels)
-    if held.form == "affine":
-        dtype = arrays["gamma"].dtype
-        arrays.update(mean=np.zeros(held.channels, dtype), variance=np.ones(held.channels, dtype))
-    elif held.form == "inverse-std":
-        arrays["variance"] = _from_inverse_std(path, arrays["variance"])
-    elif held.form == "scaled":
-        factor = float(held.fields["factor"].tensor.array()[0])
-        if not math.isfinite(factor) or factor < 0:
-            raise InvalidValue(f"scale factor {factor!r} in {printable(path)}; a finite number above 0 was expected")
-        if factor == 0 and not choices.allow_untrained:
-            raise InvalidValue(
-                f"scale factor 0 in {printable(path)}: the layer never saw data and holds no statistics."
-                " --allow-untrained reads it as Caffe does, with mean and variance 0"
-            )
-        for field in ("mean", "variance"):
-            if factor == 0:
-                arrays[field] = np.zeros_like(arrays[field])
-            elif factor != 1:
-                arrays[field] = arrays[field].astype(np.float64) / factor
-    return arrays
-
-
-def _from_inverse_std(path: str, stored: Array) -> Array:
-    bad = ~(np.isfinite(stored) & (stored > 0))
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise InvalidValue(
-            f"1/std of channel {at} in {printable(path)} is {stored[at]!r}; a positive number was expected"
-        )
-    squared: Array = stored.astype(np.float64) ** -2.0
-    return squared
 
 
 # ---- the whole

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bnport.adapters.caffe.blob import Blob
     from bnport.adapters.caffe.net import Net
-    from bnport.adapters.caffe.norm import Choices, Held
+    from bnport.adapters.caffe.values import Choices, Held
     from bnport.layer import Change, Layer
     from bnport.record import Array
 
