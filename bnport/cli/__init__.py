@@ -44,7 +44,7 @@ def parser_of(command: str | None = None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.configure(sub)
-        sub.set_defaults(run=module.run)
+        sub.set_defaults(execute=module.run)
     return parser
 
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return _USAGE_ERROR
     try:
-        code: int = args.run(args)
+        code: int = args.execute(args)
         sys.stdout.flush()
         return code
     except BnportError as error:
