@@ -348,20 +348,20 @@ def _pieces(buffer: Buffer, edits: Sequence[Edit]) -> Iterator[bytes | tuple[int
         parents.update(zip(edit.within, (None, *edit.within), strict=False))
         if edit.within:
             growth[edit.within[-1]] = growth.get(edit.within[-1], 0) + len(edit.data) - (edit.end - edit.start)
-    flat = [(e.start, e.end, e.data) for e in edits]
+    flat = [(e.start, e.end, -len(e.within), e.data) for e in edits]
     for message in sorted(parents, reverse=True):  # a message starts after the one that holds it
         grown = growth.get(message, 0)
         if not grown:
             continue
         start = _length_start(buffer, message[0])
         length = encoded_varint(message[1] + grown)
-        flat.append((start, message[0], length))
+        flat.append((start, message[0], 0, length))
         outer = parents[message]
         if outer is not None:
             growth[outer] = growth.get(outer, 0) + grown + len(length) - (message[0] - start)
-    flat.sort(key=lambda edit: edit[:2])
+    flat.sort(key=lambda edit: edit[:3])  # where messages end together, the inner one's insert comes first
     done = 0
-    for start, end, data in flat:
+    for start, end, _, data in flat:
         if start < done:
             raise ValueError(f"edits overlap at byte {start}")
         yield done, start
