@@ -112,6 +112,20 @@ class TestTraced(TestScripted):
         torch.jit.trace(chain(records, absent), example).save(path)
 
 
+class TestExported(FileContract):
+    adapter = "torch"
+    suffix = ".pt2"
+    optional = OPTIONAL
+    mutants = 40
+
+    def build(self, records, path, absent=()):
+        example = torch.zeros(10, records[0].channels)  # as many rows as there are probes
+        torch.export.save(torch.export.export(chain(records, absent), (example,)), path)
+
+    def run(self, path, x):
+        return output(torch.export.load(path).module(), x)
+
+
 class _Live(LiveContract):
     def weights(self, model):
         state = model if isinstance(model, dict) else model.state_dict()

@@ -91,7 +91,10 @@ def read(source: Any, *, key: str | None = None, inplace_abn: bool | None = None
     file = ReadFile(source)
     if source.lower().endswith(".safetensors") or file.pread(8, min(1, max(0, file.size - 8))) == b"{":
         return _read_safetensors(source, inplace_abn)
-    checkpoint = _opened(file)
+    opened = _opened(file)
+    if isinstance(opened, Layers):
+        return opened
+    checkpoint = opened
     from bnport.adapters.torch.modules import layers_of_module, state_of
     from bnport.adapters.torch.script import is_script, layers_of_script
     from bnport.adapters.torch.search import chosen, models_in
@@ -116,8 +119,8 @@ def read(source: Any, *, key: str | None = None, inplace_abn: bool | None = None
     return Layers(layers, source=source, format="torch", notes=[*notes, *more])
 
 
-def _opened(file: ReadFile) -> Checkpoint:
-    """The checkpoint in a file of torch.save or torch.jit.save."""
+def _opened(file: ReadFile) -> Checkpoint | Layers:
+    """The checkpoint in a file of torch.save or torch.jit.save; the layers themselves in one of torch.export."""
     from bnport.adapters.torch.checkpoint import LEGACY_MAGIC, is_tar, open_legacy, open_tar, open_zip, zip_root
     from bnport.containers.zip import Archive
 
@@ -125,6 +128,12 @@ def _opened(file: ReadFile) -> Checkpoint:
     if head.startswith(b"PK"):
         archive = Archive(file, without_checksums=True)
         root = zip_root(archive)
+        exported = zip_root(archive, "models/model.json")
+        if exported is not None:
+            from bnport.adapters.torch.export import layers_of_export
+
+            layers, notes = layers_of_export(archive, exported, printable(file.path))
+            return Layers(layers, source=file.path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
         if root is None:
             raise FormatError(f"{printable(file.path)}: a zip archive without a data.pkl in its one top folder")
         return open_zip(file, archive, root)

@@ -80,7 +80,7 @@ def open_zip(file: ReadFile, archive: Archive, root: str) -> Checkpoint:
         if not (isinstance(id, tuple) and len(id) >= 5 and id[0] in ("storage", b"storage")):
             return Persistent(id)
         dtype, key, count = storage_dtype(id[1]), id[2], id[4]
-        return Storage(dtype, count, _member_reader(archive, f"{root}data/{key}", dtype, _count(count, where), order))
+        return Storage(dtype, count, member_reader(archive, f"{root}data/{key}", dtype, _count(count, where), order))
 
     value, _ = load(archive.read(root + "data.pkl", SIZE_LIMIT), where, persistent=persistent)
     return Checkpoint(where, value, archive, root)
@@ -92,7 +92,8 @@ def _count(count: Any, where: str) -> int:
     return count
 
 
-def _member_reader(archive: Archive, name: str, dtype: str, count: int, order: bytes) -> Callable[[int, int], bytes]:
+def member_reader(archive: Archive, name: str, dtype: str, count: int, order: bytes) -> Callable[[int, int], bytes]:
+    """Reads bytes of a storage that is an archive member, its checksum checked."""
     item = ITEM_SIZE.get(dtype, 1)
     checked: list[bool] = []
 

@@ -81,6 +81,21 @@ def _located(args: tuple[Any, ...], path: str, name: str, where: str) -> Tensor 
     if path.endswith("_v3") and len(args) > 6:
         dtype = DTYPE_OF_NAME.get(args[6].name, args[6].path) if isinstance(args[6], Global) else "unknown"
     flags = args[7:] if path.endswith("_v3") else args[6:]
+    if any(flag for flag in flags if isinstance(flag, dict)):
+        raise FormatError(
+            f"{where}: tensor {printable(name)!r} is a lazily negated or conjugated view; save a plain copy"
+        )
+    return located(storage, offset, shape, strides, name, where, dtype)
+
+
+def located(
+    storage: Storage, offset: Any, shape: Any, strides: Any, name: str, where: str, dtype: str | None = None
+) -> Tensor:
+    """A tensor as a strided view of a storage, everything counted in elements; `dtype` if not the storage's own.
+
+    Raises FormatError for a view that reaches beyond its storage, has negative sizes, or repeats too much.
+    """
+    dtype = storage.dtype if dtype is None else dtype
     numbers = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or len(shape) != len(strides) or len(shape) > 64:
         raise FormatError(f"{where}: tensor {printable(name)!r} has a malformed shape, stride or offset")
@@ -96,10 +111,6 @@ def _located(args: tuple[Any, ...], path: str, name: str, where: str) -> Tensor 
         )
     if size > max(held, ELEMENT_LIMIT):
         raise FormatError(f"{where}: tensor {printable(name)!r} of shape {shape} repeats the {held} elements it has")
-    if any(flag for flag in flags if isinstance(flag, dict)):
-        raise FormatError(
-            f"{where}: tensor {printable(name)!r} is a lazily negated or conjugated view; save a plain copy"
-        )
 
     def read() -> bytes:
         if not size:
