@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bnport.adapters.keras.weights import Found, Store
     from bnport.containers.files import ReadFile
     from bnport.containers.hdf5 import H5, H5Tensor
+    from bnport.record import Array
 
 CONFIG, WEIGHTS, SHARDS = "config.json", "model.weights.h5", "model.weights.json"
 WEIGHTS_LIMIT = 256 << 20  # of a compressed weights member, which has to be unpacked whole
@@ -34,6 +35,7 @@ def read(file: ReadFile, absent: str | None) -> Contents:
     entries = [_entry(node, store, shown) for node in nodes]
     if any(node.custom for node in root.walk()) and WEIGHTS in archive:
         entries += _hidden(entries, store, shown, absent)
+    _add_evidence(root, entries, store, hidden=len(entries) > len(nodes))
     contents = Contents(file.path, "keras", entries, holds_epsilon=True)
     contents.extra = {"archive": archive, "text": text, "root": root, "store": store}
     return contents
@@ -83,6 +85,31 @@ def _entry(node: config.Node, store: Store, shown: str) -> Entry:
         epsilon=settings.epsilon, momentum=settings.momentum, scale=settings.scale, center=settings.center,
         channels=settings.channels, dtype=settings.dtype, node=node, notes=settings.notes,
     )  # fmt: skip
+
+
+def _add_evidence(root: config.Node, entries: list[Entry], store: Store, *, hidden: bool) -> None:
+    from bnport.adapters.keras import graph
+
+    known, feeding = graph.evidence(root, hidden=hidden)
+    for entry in entries:
+        if entry.node is None:
+            continue
+        entry.inputs = known.get(entry.node.path)
+        maker = feeding.get(entry.node.path)
+        if maker is not None:
+            entry.kernel = graph.kernel_of(maker, lambda maker=maker: _kernel(maker, store))  # type: ignore[misc]
+
+
+def _kernel(node: config.Node, store: Store) -> Array:
+    from bnport.adapters.keras.graph import where_kernel_is
+    from bnport.adapters.keras.weights import arrays
+
+    group = store.variables(node.storage)
+    tensors = arrays(group) if group is not None else []
+    _, number = where_kernel_is(node)
+    if number >= len(tensors):
+        raise FormatError(f"{printable(node.path)}: no kernel in the weights")
+    return tensors[number].array()
 
 
 def _fetcher(storage: str, store: Store, settings: config.Settings, where: str) -> Callable[[], dict[str, H5Tensor]]:

@@ -225,6 +225,8 @@ def _children(node: Node, where: str) -> list[Node]:
         return children
     children = []  # a wrapper's layer, a custom layer's parts: kept under the attribute's name, as the config usually is
     for key, value in node.config.items():
+        if key == "dtype":  # a policy is written like a layer
+            continue
         if _is_layer(value) and "name" in (value["config"] if isinstance(value["config"], dict) else ()):
             children.append(Node(value, node, f"{prefix}{key}", where))
         elif isinstance(value, list) and value and all(_is_layer(v) for v in value):

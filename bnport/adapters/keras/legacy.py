@@ -85,9 +85,36 @@ def read(h5: H5, stat: str | None) -> Contents:
     entries = [
         _entry(part, node, form if "std" in part.tensors else "variance", version, shown) for part, node in paired
     ]
+    if root is not None:
+        _add_evidence(root, entries, weights)
     contents = Contents(h5.file.path, "legacy", entries, holds_epsilon=root is not None)
     contents.extra = {"text": text, "root": root, "h5": h5, "weights": weights}
     return contents
+
+
+def _add_evidence(root: config.Node, entries: list[Entry], weights: Group) -> None:
+    from bnport.adapters.keras import graph
+
+    known, feeding = graph.evidence(root)
+    for entry in entries:
+        if entry.node is None:
+            continue
+        entry.inputs = known.get(entry.node.path)
+        maker = feeding.get(entry.node.path)
+        tensor = _kernel(maker, weights) if maker is not None else None
+        if maker is not None and tensor is not None:
+            entry.kernel = graph.kernel_of(maker, tensor.array, tensor.shape)
+
+
+def _kernel(node: config.Node, weights: Group) -> H5Tensor | None:
+    """The kernel of a layer by its weight's name; None where the name is not there exactly once."""
+    from bnport.adapters.keras.graph import where_kernel_is
+
+    top, name = node.path.split("/")[0], where_kernel_is(node)[0]
+    group = weights.group(top)
+    names = _texts(group, "weight_names") if group is not None else None
+    fitting = [n for n in names or () if re.fullmatch(rf"(?:.*/)?{re.escape(node.name)}/{name}(?::0)?", n)]
+    return _dataset(group, fitting[0]) if group is not None and len(fitting) == 1 else None
 
 
 def _form(parts: list[Part], version: str | None, stat: str | None, shown: str) -> str:
