@@ -73,7 +73,8 @@ def pairing_options(args: argparse.Namespace) -> dict[str, Any]:
         "target_options": dict(_named(text) for text in args.target_option),
     }
     if args.map:
-        options["map"] = read_map(args.map)
+        options["map"], skip = read_map(args.map)
+        options["skip"] = [*skip, *args.skip]
     return options
 
 

@@ -106,6 +106,11 @@ class TargetPattern:
         return out
 
 
+def rank(entry: tuple[TargetPattern, str]) -> tuple[int, int]:
+    """How general a pattern is: fewer variables first, then more literal text."""
+    return len(entry[0].names), -entry[0].literals
+
+
 def expand(map: Mapping[str, str], targets: Iterable[str], sources: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Every target that the map names, with its source and the entry that said so.
 
@@ -120,7 +125,7 @@ def expand(map: Mapping[str, str], targets: Iterable[str], sources: Iterable[str
         raise MatchError(f"map: no target layer is called {listed(nothing)}; remove or correct these entries")
     for pattern, value in patterns:
         pattern.fill(value, {n: "a" if pattern.kinds[n] == "a" else "0" for n in pattern.names})
-    patterns.sort(key=lambda entry: (len(entry[0].names), -entry[0].literals))
+    patterns.sort(key=rank)
     found: dict[str, tuple[str, str]] = {key: (value, key) for key, value in exact.items()}
     used: set[str] = set()
     for name in known_targets:
@@ -131,8 +136,9 @@ def expand(map: Mapping[str, str], targets: Iterable[str], sources: Iterable[str
             continue
         best, value, values = fits[0]
         for other, other_value, other_values in fits[1:]:
-            same_rank = (len(other.names), other.literals) == (len(best.names), best.literals)
-            if same_rank and other.fill(other_value, other_values) != best.fill(value, values):
+            if rank((other, "")) == rank((best, "")) and other.fill(other_value, other_values) != best.fill(
+                value, values
+            ):
                 raise MatchError(
                     f"map: {printable(name)} fits {printable(best.text)!r} and {printable(other.text)!r} equally well;"
                     " give it an entry of its own"

@@ -1,0 +1,158 @@
+"""The pairing as a file that a person reviews, edits and commits: written by `bnport map`, read by `--map`.
+
+TOML: `[pairs]` holds target = source, by name or by pattern (`bnport.match.patterns`); `[skip]` holds `layers`, names or
+shell patterns to leave out on either side. Evidence and open questions are comments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bnport.errors import FormatError, NotFound, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bnport.layer import Layer
+    from bnport.match import Match
+
+MOST_BYTES = 16 << 20
+
+_HEAD = """\
+# Which layer of {source} ({s_count} BatchNorm layers)
+# belongs to which layer of {target} ({t_count}): target = source.
+# Review it, edit it, keep it; then: bnport convert SRC TARGET -o OUT --map {file}
+# {{i}} stands for a number, {{j:a}} for a letter counted from a = 0, {{rest:any}} for any text; the source side may add
+# and multiply: {{i-1}}, {{3*i+1}}. The most specific entry wins. An entry that names nothing is an error.
+"""
+
+
+class MapFile(NamedTuple):
+    """What a map file says: target -> source (names or patterns), and what to leave out."""
+
+    pairs: dict[str, str]
+    skip: list[str]
+
+
+def read_map(path: str) -> MapFile:
+    """Read a map file. Raises FormatError that names the file and the entry; NotFound if there is no such file."""
+    tomllib = _tomllib()
+    shown = printable(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFound(f"{shown}: no such file") from None
+    except OSError as error:
+        raise FormatError(f"{shown}: {error.strerror}") from None
+    if len(data) > MOST_BYTES:
+        raise FormatError(f"{shown}: larger than {MOST_BYTES >> 20} MiB; a map is a page")
+    try:
+        content = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{shown}: not a map file: {printable(error)}") from None
+    unknown = sorted(set(content) - {"pairs", "skip"})
+    if unknown:
+        raise FormatError(f"{shown}: unknown part {printable(unknown[0])!r}; a map has [pairs] and [skip]")
+    pairs, skip = content.get("pairs", {}), content.get("skip", {})
+    if not isinstance(pairs, dict) or not isinstance(skip, dict):
+        raise FormatError(f"{shown}: [pairs] and [skip] are tables")
+    for name, value in pairs.items():
+        if not isinstance(value, str):
+            raise FormatError(
+                f'{shown}: {printable(name)!r} must be "target" = "source", both quoted (an unquoted dot starts a table)'
+            )
+    layers = skip.get("layers", [])
+    unknown = sorted(set(skip) - {"layers"})
+    if unknown or not isinstance(layers, list) or not all(isinstance(n, str) for n in layers):
+        raise FormatError(f'{shown}: [skip] holds layers = ["name or pattern", ...] and nothing else')
+    return MapFile(dict(pairs), list(layers))
+
+
+def _tomllib() -> Any:
+    import importlib
+    import sys
+
+    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+
+def text(match: Match, sources: Mapping[str, Layer], targets: Mapping[str, Layer], file: str = "names.toml") -> str:
+    """The map file of a Match: its pairs, compressed into patterns, with evidence, and its open questions."""
+    from bnport.match.compress import compress
+    from bnport.match.patterns import is_pattern
+
+    considered = [t for t in targets if t not in match.left_targets]
+    entries = compress(match.pairs, considered)
+    reasons: dict[str, list[str]] = {}
+    for target, by in _entries_of(entries, match.pairs).items():
+        reasons.setdefault(by, []).append(", ".join(match.evidence.get(target, ())))
+    lines = [
+        _HEAD.format(
+            source=_comment(match.source),
+            target=_comment(match.target),
+            s_count=len(sources),
+            t_count=len(targets),
+            file=_comment(file),
+        ),
+        "[pairs]",
+    ]
+    for key, value in entries.items():
+        pattern = is_pattern(key) and key not in match.pairs
+        count = len(reasons[key])
+        lines.append(
+            f"{quoted(key)} = {quoted(value)}  # {f'{count} layers: ' if pattern else ''}{_summary(reasons[key])}"
+        )
+    left = [*match.left_targets, *match.left_sources]
+    if left:
+        lines += ["", "[skip]", "layers = [", *(f"    {quoted(n)}," for n in dict.fromkeys(left)), "]"]
+    lines += _questions(match)
+    return "\n".join(lines) + "\n"
+
+
+def _entries_of(entries: Mapping[str, str], pairs: Mapping[str, str]) -> dict[str, str]:
+    from bnport.match.patterns import expand
+
+    return {target: entry for target, (_, entry) in expand(entries, pairs, pairs.values()).items()}
+
+
+def _summary(reasons: list[str]) -> str:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    most = sorted(counts, key=lambda r: -counts[r])
+    more = f" (and {len(most) - 1} similar)" if len(most) > 1 else ""
+    return _comment(most[0]) + more
+
+
+def _questions(match: Match) -> list[str]:
+    lines: list[str] = []
+    for group in match.ambiguous:
+        lines += ["", f"# OPEN: {_comment(group.why)}. Uncomment into [pairs], one source each:"]
+        either = " or ".join(_comment(quoted(s)) for s in group.sources)
+        lines += [f"# {_comment(quoted(t))} = {either}" for t in group.targets]
+    for wrong in match.mismatched:
+        lines += [
+            "",
+            f"# OPEN: {_comment(quoted(wrong.target))} has {wrong.target_channels} channels,"
+            f" {_comment(quoted(wrong.source))} has {wrong.source_channels}",
+        ]
+    for what, names in (("target without a source", match.missing), ("source without a target", match.unexpected)):
+        if names:
+            lines += ["", f"# OPEN: {what}; pair it above, or leave it out under [skip] layers:"]
+            lines += [f"#     {_comment(quoted(n))}," for n in names]
+    return lines
+
+
+def _comment(value: str) -> str:
+    return printable(value, 400)
+
+
+def quoted(name: str) -> str:
+    """`name` as a TOML basic string."""
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else _unicode(c)) for c in name) + '"'
+
+
+def _unicode(char: str) -> str:
+    code = ord(char)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
