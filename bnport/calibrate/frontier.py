@@ -71,6 +71,7 @@ class Frontier:
         steps, self.taken_apart = steps_of(live)
         self.steps = needed(steps, set(self.open))
         self.executed: set[int] = set()  # ids of steps
+        self._used = {key for step in self.steps for key in step.inputs}
         self.looking = {
             id(step): Looking(live, step, norms) for step in self.steps if (norms := self._open_in(step, self.open))
         }
@@ -103,6 +104,8 @@ class Frontier:
             rounds += max([1, *(len(self._open_in(step, unknown)) for step in reached if not step.whole)])
             for key in ready:
                 del unknown[key]
+        looks = sum(1 if looking.step.whole else len(looking.norms) for looking in self.looking.values())
+        self._work_per_batch = len(executed) + looks
         return rounds
 
     def _loop(self) -> Unrepresentable:
@@ -147,7 +150,9 @@ class Frontier:
         if not any(looking for _, looking in plan):
             raise self._loop()
         run_now = {id(step) for step, looking in plan if looking is None}
-        later = [step for step in self.steps if id(step) not in self.executed | run_now]
+        later = [
+            step for step in self.steps if id(step) not in self.executed | run_now and not self._finished(step, plan)
+        ]
         keep = {key for step in later for key in step.inputs}
         made = {key for step, looking in plan if looking is None for key in step.outputs}
         last_use = {key: index for index, (step, _) in enumerate(plan) for key in step.inputs}
@@ -191,6 +196,10 @@ class Frontier:
         self._conclude()
         return (have | made) & keep
 
+    def _finished(self, step: Step, plan: list[tuple[Step, Looking | None]]) -> bool:
+        """Whether a BatchNorm layer's input is not wanted after this round: measured, and its output leads nowhere."""
+        return step.whole and not self._used.intersection(step.outputs) and any(step is other for other, _ in plan)
+
     def _batches(self, source: Iterator[Any] | None) -> Iterator[tuple[int, Any]]:
         if source is None:
             yield from ((number, None) for number in range(self.batches))
@@ -221,11 +230,8 @@ class Frontier:
     def _advance(self, work: int, what: str) -> None:
         self._work += work
         if self.progress is not None:
-            batches = max(self.batches, self._hint)
-            looks = max(len(self.looking), self.expected_rounds)
-            self.progress(
-                self._work, max(batches * (len(self.steps) - len(self.looking) + 2 * looks), self._work), what
-            )
+            total = max(self.batches, self._hint) * self._work_per_batch
+            self.progress(self._work, max(total, self._work), what)
 
     def _what(self, plan: list[tuple[Step, Looking | None]]) -> str:
         norms = [norm for _, looking in plan if looking is not None for norm in looking.norms if id(norm) in self.open]

@@ -138,7 +138,8 @@ class LiveModel:
         tensors = getattr(self.model, "inputs", None)
         if not tensors:
             return None
-        struct = self.model.input if self.version == 3 else getattr(self.model, "_nested_inputs", None)
+        graph = getattr(self.model, "_functional", None) or self.model  # a Sequential of Keras 3 holds its graph
+        struct = getattr(graph, "_inputs_struct" if self.version == 3 else "_nested_inputs", None)
         if isinstance(struct, dict):
             names = sorted(struct) if self.version == 2 else list(struct)
             if len(names) != len(tensors) or any(isinstance(value, dict | list | tuple) for value in struct.values()):
@@ -284,7 +285,7 @@ def hooked(norms: Iterable[Norm], hook: Hook) -> Iterator[None]:
     """
     given: list[tuple[dict[str, Any], Any]] = []
     try:
-        for norm in norms:
+        for norm in {id(norm): norm for norm in norms}.values():
             space = norm.layer.__dict__
             given.append((space, space.get("call")))
             space["call"] = _interceptor(norm, norm.layer.call, hook)

@@ -143,7 +143,7 @@ class OnePass:
             raise
         except BnportError as error:
             text = str(error)
-            raise Stop(type(error)(text if norm.name in text else f"{printable(norm.name)}: {text}")) from None
+            raise Stop(type(error)(text if text.startswith(norm.name) else f"{printable(norm.name)}: {text}")) from None
         return original(x, *args, **kwargs)
 
     def run(
