@@ -30,23 +30,37 @@ def read(file: ReadFile, absent: str | None) -> Contents:
         raise FormatError(f"{shown}: no {CONFIG} in the archive; it is not a .keras file")
     text = archive.read(CONFIG, config.CONFIG_LIMIT)
     root = config.tree(config.parse(text, f"{shown}: {CONFIG}"), f"{shown}: {CONFIG}")
-    store = _store(archive, shown)
+    weights = Weights(archive)
     nodes = [node for node in root.walk() if node.is_batchnorm]
-    entries = [_entry(node, store, shown) for node in nodes]
+    entries = [_entry(node, weights, shown) for node in nodes]
     if any(node.custom for node in root.walk()) and WEIGHTS in archive:
-        entries += _hidden(entries, store, shown, absent)
-    _add_evidence(root, entries, store, hidden=len(entries) > len(nodes))
+        entries += _hidden(entries, weights.store, shown, absent)
+    _add_evidence(root, entries, weights, hidden=len(entries) > len(nodes))
     contents = Contents(file.path, "keras", entries, holds_epsilon=True)
-    contents.extra = {"archive": archive, "text": text, "root": root, "store": store}
+    contents.extra = {"archive": archive, "text": text, "root": root}
     return contents
 
 
-def _store(archive: Archive, shown: str) -> Store:
-    from bnport.adapters.keras.weights import Store
+class Weights:
+    """The weights member of an archive, opened (and its module imported) at the first use: a listing needs none."""
 
-    def opened() -> H5:
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._store: Store | None = None
+
+    @property
+    def store(self) -> Store:
+        """Its groups by path."""
+        if self._store is None:
+            from bnport.adapters.keras.weights import Store
+
+            self._store = Store(self._opened)
+        return self._store
+
+    def _opened(self) -> H5:
         from bnport.containers.hdf5 import H5
 
+        archive, shown = self._archive, printable(self._archive.file.path)
         if WEIGHTS not in archive:
             others = [name for name in archive.members if "weights" in name]
             why = "its weights are in shards or npz, which are not read" if others else "it holds no weights"
@@ -58,8 +72,6 @@ def _store(archive: Archive, shown: str) -> Store:
             start, size = archive.window(WEIGHTS)
             return H5(archive.file, start, size)
         return H5(Memory(archive.read(WEIGHTS, WEIGHTS_LIMIT), archive.file.path))  # type: ignore[arg-type]
-
-    return Store(opened)
 
 
 class Memory:
@@ -75,19 +87,19 @@ class Memory:
         return self.data[offset : offset + length]
 
 
-def _entry(node: config.Node, store: Store, shown: str) -> Entry:
+def _entry(node: config.Node, weights: Weights, shown: str) -> Entry:
     settings = config.settings(node, shown)
     where = f"{shown}: {printable(node.path) or printable(node.name)}"
     if settings.mode:
         raise FormatError(f"{where}: mode {settings.mode} of Keras 1 normalises by each batch; it is no fixed function")
     return Entry(
-        node.path or node.name, where, _fetcher(node.storage, store, settings, where),
+        node.path or node.name, where, _fetcher(node.storage, weights, settings, where),
         epsilon=settings.epsilon, momentum=settings.momentum, scale=settings.scale, center=settings.center,
         channels=settings.channels, dtype=settings.dtype, node=node, notes=settings.notes,
     )  # fmt: skip
 
 
-def _add_evidence(root: config.Node, entries: list[Entry], store: Store, *, hidden: bool) -> None:
+def _add_evidence(root: config.Node, entries: list[Entry], weights: Weights, *, hidden: bool) -> None:
     from bnport.adapters.keras import graph
 
     known, feeding = graph.evidence(root, hidden=hidden)
@@ -97,14 +109,14 @@ def _add_evidence(root: config.Node, entries: list[Entry], store: Store, *, hidd
         entry.inputs = known.get(entry.node.path)
         maker = feeding.get(entry.node.path)
         if maker is not None:
-            entry.kernel = graph.kernel_of(maker, lambda maker=maker: _kernel(maker, store))  # type: ignore[misc]
+            entry.kernel = graph.kernel_of(maker, lambda maker=maker: _kernel(maker, weights))  # type: ignore[misc]
 
 
-def _kernel(node: config.Node, store: Store) -> Array:
+def _kernel(node: config.Node, weights: Weights) -> Array:
     from bnport.adapters.keras.graph import where_kernel_is
     from bnport.adapters.keras.weights import arrays
 
-    group = store.variables(node.storage)
+    group = weights.store.variables(node.storage)
     tensors = arrays(group) if group is not None else []
     _, number = where_kernel_is(node)
     if number >= len(tensors):
@@ -112,11 +124,13 @@ def _kernel(node: config.Node, store: Store) -> Array:
     return tensors[number].array()
 
 
-def _fetcher(storage: str, store: Store, settings: config.Settings, where: str) -> Callable[[], dict[str, H5Tensor]]:
+def _fetcher(
+    storage: str, weights: Weights, settings: config.Settings, where: str
+) -> Callable[[], dict[str, H5Tensor]]:
     def fetch() -> dict[str, H5Tensor]:
         from bnport.adapters.keras.weights import arrays, named, order
 
-        group = store.variables(storage)
+        group = weights.store.variables(storage)
         if group is None:
             raise FormatError(
                 f"{where}: the weights hold nothing at {printable(storage)}; was the model saved unbuilt?"
