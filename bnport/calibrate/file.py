@@ -42,8 +42,9 @@ def calibrate_file(
     check_output(out, force=force, inputs=[path])
     from bnport.calibrate.run import calibrate
 
-    held = adapters.read(path, format="keras")
+    adapters.read_head(path)  # says what is wrong with a path
     model = load(path)
+    held = adapters.read(path, format="keras")
     result = calibrate(model, data, **options)
     gone = [layer.name for layer in result.layers if layer.name not in held]
     if gone:

@@ -109,6 +109,15 @@ class Moving(Averaged):
         super().__init__(norm, unbiased)
         self.momentum = norm.momentum
         self.mean, self.variance = norm.read()
+        if not (
+            np.isfinite(self.mean).all()
+            and np.isfinite(self.variance).all()
+            and (self.variance + norm.epsilon > 0).all()
+        ):
+            raise InvalidValue(
+                f"{printable(norm.name)}: method 'moving' starts from the stored statistics, and these are not usable; use"
+                " 'population', 'precise' or 'average'"
+            )
 
     def _share(self, batch: Moments) -> float:
         self.n += batch.n

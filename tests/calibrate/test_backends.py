@@ -89,8 +89,11 @@ CHECK = textwrap.dedent(
 
 @pytest.mark.parametrize(
     "where",
-    [{"KERAS_BACKEND": "torch"}, {"KERAS_BACKEND": "jax"}, {"LIBRARY": "tf_keras"}],
-    ids=["torch", "jax", "tf_keras"],
+    [
+        pytest.param({"KERAS_BACKEND": "torch"}, id="torch"),
+        pytest.param({"KERAS_BACKEND": "jax"}, id="jax", marks=pytest.mark.slow),
+        pytest.param({"LIBRARY": "tf_keras"}, id="tf_keras"),
+    ],
 )
 def test_statistics_are_right_and_nothing_else_changes_on(where):
     done = subprocess.run(

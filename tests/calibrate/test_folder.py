@@ -1,0 +1,125 @@
+"""Folders of images: Keras' own loaders are the oracle; nothing about pixels is guessed."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from bnport.calibrate.folder import ImageFolder
+from bnport.calibrate.models import LiveModel
+from bnport.calibrate.run import calibrate
+from bnport.errors import FormatError, InvalidValue, NotFound, Question
+from tests.calibrate import nets
+from tests.calibrate.nets import L, keras
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """40 images of different sizes and kinds, in two folders."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        (folder / f"class{k % 2}").mkdir(exist_ok=True)
+        height, width = 20 + k, 60 - k
+        ramp = np.linspace(0, 255, width)[None, :, None] * np.array([1.0, 0.5, 0.2]) + rng.normal(
+            0, 20, (height, width, 3)
+        )
+        image = Image.fromarray(np.clip(ramp, 0, 255).astype("u1"))
+        image.save(folder / f"class{k % 2}" / f"{k:03}{('.png', '.jpg', '.BMP')[k % 3]}")
+    (folder / "notes.txt").write_text("not an image")
+    return str(folder)
+
+
+def model(size=(24, 32), channels=3, first=()):
+    i = keras.Input((*size, channels))
+    x = i
+    for layer in first:
+        x = layer(x)
+    return keras.Model(i, L.BatchNormalization(name="bn")(x))
+
+
+def dataset(photos, size=(24, 32), mode="rgb", **options):
+    """All images as Keras' own dataset gives them, in the order of the paths."""
+    found = keras.utils.image_dataset_from_directory(
+        photos, labels=None, shuffle=False, image_size=size, color_mode=mode, verbose=False, **options
+    )
+    return np.concatenate([np.asarray(b) for b in found])
+
+
+def by_load_img(photos, size=(24, 32), **options):
+    files = sorted(os.path.join(f, n) for f, _, names in os.walk(photos) for n in names if not n.endswith(".txt"))
+    images = [keras.utils.load_img(f, target_size=size, interpolation="bilinear", **options) for f in files]
+    return np.stack([keras.utils.img_to_array(image) for image in images])
+
+
+def test_both_loaders_give_what_keras_gives(photos):
+    live = LiveModel(model())
+    ours = ImageFolder(live, photos, scale=1, batch_size=16)
+    assert len(ours) == 3
+    np.testing.assert_array_equal(np.concatenate([ours[k] for k in range(3)]), by_load_img(photos))
+    ours = ImageFolder(live, photos, scale="1/255", loader="dataset", batch_size=16, crop=True)
+    expected = dataset(photos, crop_to_aspect_ratio=True) * np.float32(1 / 255)
+    np.testing.assert_array_equal(np.concatenate([ours[k] for k in range(3)]), expected)
+    np.testing.assert_array_equal(ours[1], expected[16:32])  # out of turn, as a resumed run asks
+
+
+def test_statistics_of_a_folder_are_those_of_the_pixels_that_the_model_gets(photos):
+    pixels = by_load_img(photos).astype(float)
+    for options, expected in (
+        ({"scale": "1"}, pixels),
+        ({"scale": "1/255"}, pixels / 255),
+        ({"scale": "1/127.5", "offset": -1}, pixels / 127.5 - 1),
+        ({"preprocessing": "resnet50"}, keras.applications.resnet50.preprocess_input(pixels.copy())),
+    ):
+        result = calibrate(model(), photos, images=options, batch_size=16)
+        np.testing.assert_allclose(result["bn"].mean, expected.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(result["bn"].variance, expected.var((0, 1, 2)), rtol=1e-4)
+        assert "40 images decoded by keras.utils.load_img, rgb, resized to 24 x 32 (bilinear)" in str(result)
+
+
+def test_grey_and_channels_first_models(photos):
+    live = LiveModel(model(channels=1))
+    grey = ImageFolder(live, photos, scale=1)
+    assert grey[0].shape == (32, 24, 32, 1)
+    i = keras.Input((3, 24, 32))
+    first = ImageFolder(LiveModel(keras.Model(i, L.BatchNormalization(axis=1)(i))), photos, scale=1)
+    np.testing.assert_array_equal(first[0], np.moveaxis(by_load_img(photos)[:32], -1, 1))
+
+
+def test_how_pixels_are_scaled_is_asked_unless_the_model_does_it_itself(photos):
+    with pytest.raises(Question, match="how are pixels scaled for it"):
+        calibrate(model(), photos)
+    result = calibrate(model(first=[L.Rescaling(1 / 255)]), photos)
+    assert "which the model's own first layers rescale" in str(result)
+    assert result["bn"].mean.max() < 1
+    free = keras.Model(i := keras.Input((None, None, 3)), L.BatchNormalization(name="bn")(i))
+    with pytest.raises(Question, match="its input has no fixed size"):
+        calibrate(free, photos, images={"scale": 1})
+    assert calibrate(free, photos, images={"scale": 1, "size": (10, 12)})["bn"].n == 40 * 120
+
+
+def test_images_that_are_none_are_named(photos, tmp_path):
+    with pytest.raises(NotFound, match="no images"):
+        calibrate(model(), str(tmp_path), images={"scale": 1})
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+    with pytest.raises(FormatError, match=r"broken\.png: not an image that Keras decodes"):
+        calibrate(model(), str(tmp_path), images={"scale": 1})
+    with pytest.raises(FormatError, match="an image of batch 0 is not decoded"):
+        calibrate(model(), str(tmp_path), images={"scale": 1, "loader": "dataset"})
+    for options, message in (
+        ({"scale": "one"}, "expected a number or a fraction"),
+        ({"scale": "1/0"}, "expected a number or a fraction"),
+        ({"scale": 1, "preprocessing": "resnet50"}, "it scales by itself"),
+        ({"loader": "cv2"}, "expected one of load_img, dataset"),
+        ({"scale": 1, "interpolation": "best"}, "Supported methods are nearest"),
+    ):
+        with pytest.raises(InvalidValue, match=message):
+            calibrate(model(), photos, images=options)
+    with pytest.raises(NotFound, match=r"keras\.applications has no 'resnet5000'"):
+        calibrate(model(), photos, images={"preprocessing": "resnet5000"})
+    with pytest.raises(InvalidValue, match="fits a model with one image input"):
+        calibrate(nets.siamese(), photos, images={"scale": 1})
