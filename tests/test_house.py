@@ -18,20 +18,24 @@ TESTS = os.path.dirname(__file__)
 
 # Each room and the rooms it may import; a room is a module or package directly under bnport.
 # `adapters` itself (finding and reading) may be imported where a path or object must be read.
+RECORDS = {"_lazy", "errors", "rounding", "record"}
 ALLOWED = {
     "__init__": None,  # may offer anything, lazily
     "__main__": {"cli"},
     "_lazy": set(),
     "errors": set(),
-    "record": {"_lazy", "errors"},
-    "layer": {"_lazy", "errors", "record"},
+    "rounding": {"_lazy", "errors", "record"},  # record: for the type of an array only
+    "record": {"_lazy", "errors", "rounding"},
+    "layer": RECORDS,
     "containers": {"_lazy", "errors", "record"},  # record: for the type of an array only
-    "adapters": {"_lazy", "errors", "record", "layer", "containers"},
-    "match": {"_lazy", "errors", "record", "layer"},
-    "verify": {"_lazy", "errors", "record", "layer", "report", "html"},  # a Report prints itself
-    "report": {"_lazy", "errors", "record", "layer", "verify", "html"},
-    "html": {"_lazy", "errors", "record", "layer", "verify", "report"},
-    "explain": {"_lazy", "errors", "record", "layer", "verify"},
+    "adapters": {*RECORDS, "layer", "containers"},
+    "match": {*RECORDS, "layer"},
+    "plan": {*RECORDS, "layer"},
+    "verify": {*RECORDS, "layer", "report", "html"},  # a Report prints itself
+    "report": {*RECORDS, "layer", "verify", "html"},
+    "html": {*RECORDS, "layer", "verify", "report"},
+    "show": {*RECORDS, "layer"},
+    "explain": {*RECORDS, "layer", "verify"},
 }
 CONDUCTORS_NEVER_IMPORT = {"cli"}  # every other room: anything but the command line
 
