@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".caffemodel", ".prototxt")
 PACKAGES: tuple[str, ...] = ()
 
-_HDF5 = b"\x89HDF\r\n\x1a\n"
+_HDF5 = b"\x89HDF\r\n\x1a\n"  # as in net.py, which a look at a file's first bytes need not import
 
 
 def recognise(head: bytes, path: str) -> bool:

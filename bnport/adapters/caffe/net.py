@@ -10,9 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bnport.adapters.caffe.blob import Blob, Budget, from_hdf5, from_message, kernel_shape
-from bnport.containers import textproto
 from bnport.containers.files import ReadFile
-from bnport.containers.hdf5 import H5, SIGNATURE, Group
 from bnport.containers.protobuf import FIXED32, LENGTH, VARINT, Buffer, fields, signed
 from bnport.errors import FormatError, listed, printable
 
@@ -20,12 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TypeAlias
 
+    from bnport.containers.hdf5 import Group
     from bnport.containers.protobuf import Span, Value
     from bnport.containers.textproto import Message
 
     Setting: TypeAlias = "int | float | bool | str"
 
 MOST_LAYERS = 1 << 16
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 # type -> (field numbers of its parameters in LayerParameter, their name in text, setting -> (number, kind)).
 # Forks use some numbers twice (137 is BVLC's embed_param and yjxiong's bn_param), so a layer's type decides what is read.
@@ -134,10 +134,9 @@ class Net:
         self.described = prototxt is not None
         file = ReadFile(path)
         self.file = file
-        binary = file.size < len(SIGNATURE) or file.pread(0, len(SIGNATURE)) != SIGNATURE
         if not file.size:
             raise FormatError(f"{printable(path)}: an empty file")
-        if binary:
+        if file.pread(0, min(file.size, len(HDF5_SIGNATURE))) != HDF5_SIGNATURE:
             self.buffer = Buffer(file)
             self.held = list(self._binary(self.buffer))
             self.typed = True
@@ -147,6 +146,8 @@ class Net:
         self._unique(self.held, path)
         self.nodes = self.held
         if prototxt is not None:
+            from bnport.containers import textproto
+
             self.nodes = self._joined(textproto.read(prototxt), prototxt)
 
     def error(self, node: Node, why: str) -> FormatError:
@@ -239,6 +240,8 @@ class Net:
     # ---- HDF5
 
     def _hdf5(self, file: ReadFile) -> Iterator[Node]:
+        from bnport.containers.hdf5 import H5, Group
+
         h5 = H5(file)
         data = h5.root.group("data")
         if data is None:
