@@ -6,5 +6,7 @@ zip.py          the central directory of an archive; members read by position; C
 pickle.py       a pickle read into plain data and inert stand-ins; nothing in it is ever called
 safetensors.py  header and positions
 hdf5.py         HDF5 opened so that no other file can be reached through it
+hdf5_data.py    the numbers of one dataset of it, chunks and filters undone with a limit
+patch.py        a copy of a file with some bytes replaced, and the zip checksums brought up to date
 protobuf.py     wire format, walked lazily
 """

@@ -3,8 +3,7 @@
 h5py reads the metadata through a window of a ReadFile, so the H5 inside a stored zip member is read where it lies.
 Names are resolved one by one over hard links only: a soft, external or user-defined link is refused before the
 library could follow it, and so are datasets that keep their numbers in other files (external storage, virtual
-datasets). Numbers are read by this module with bounds checked, not by the library; deflate, shuffle and fletcher32 are
-undone here with a limit on what comes out.
+datasets). Numbers are read by position with bounds checked, not by the library (hdf5_data.py).
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from __future__ import annotations
 import io
 import math
 import re
+import struct
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.containers.tensor import ITEM_SIZE, Tensor
+from bnport.containers.hdf5_data import DAMAGE, H5Tensor, reason, tensor_of
 from bnport.errors import BnportError, FormatError, printable
 
 if TYPE_CHECKING:
@@ -24,24 +24,11 @@ if TYPE_CHECKING:
 
     from bnport.containers.files import ReadFile
 
+__all__ = ["H5", "SIGNATURE", "Group", "H5Tensor", "Window", "natural"]
+
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DEPTH_LIMIT = 256  # nested models use four levels each
 ATTRIBUTE_LIMIT = 64 << 20  # bytes of one attribute; a model_config of 1000 layers has 2 MB
-CHUNKED_LIMIT = 256 << 20  # bytes of one chunked array once unpacked
-_DEFLATE, _SHUFFLE, _FLETCHER32 = 1, 2, 3
-
-# what h5py and the library raise on a damaged file, depending on where it is damaged
-_DAMAGE = (
-    OSError,
-    RuntimeError,
-    KeyError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    UnicodeError,
-    SystemError,
-)
 
 
 class Window(io.RawIOBase):
@@ -77,17 +64,6 @@ class Window(io.RawIOBase):
         return count
 
 
-class H5Tensor(Tensor):
-    """A Tensor of an HDF5 file. `offset`: where its plain little-endian bytes begin in the file, or None if they do not
-    lie there in one piece (chunked, compressed, big-endian, in the header)."""
-
-    __slots__ = ("offset",)
-
-    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], read: Any, offset: int | None) -> None:
-        super().__init__(name, dtype, shape, read)
-        self.offset = offset
-
-
 class H5:
     """An HDF5 file, or one inside another file at `start`. Nothing but metadata is read until a tensor is.
 
@@ -108,10 +84,16 @@ class H5:
             self.root = Group(self, h5py.h5g.open(self._id, b"/"), "")
         except BnportError:
             raise
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise FormatError(
                 f"{printable(file.path)}: not a readable HDF5 file, truncated or damaged ({reason(error)})"
             ) from None
+
+    def at(self, address: int, length: int) -> bytes:
+        """`length` bytes at an address of the file (addresses count from behind a user block)."""
+        if length > ATTRIBUTE_LIMIT:
+            raise LookupError
+        return self.file.pread(self.start + self._id.get_create_plist().get_userblock() + address, length)
 
     def refuse(self, path: str, why: str) -> NoReturn:
         """Raise FormatError naming the file and the object."""
@@ -150,7 +132,7 @@ class Group:
         if self._names is None:
             try:
                 raw = list(self._id)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 self._h5.refuse(self.path, f"cannot be listed ({reason(error)})")
             self._names = sorted((name.decode("utf-8", "surrogateescape") for name in raw), key=natural)
         return self._names
@@ -164,7 +146,7 @@ class Group:
 
         try:
             return h5py.h5o.get_info(self._id).addr
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self._h5.refuse(self.path, f"damaged ({reason(error)})")
 
     def child(self, name: str) -> Group | H5Tensor | None:
@@ -181,12 +163,12 @@ class Group:
             found = h5py.h5o.open(self._id, raw)
         except BnportError:
             raise
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self._h5.refuse(path, f"cannot be opened ({reason(error)})")
         if isinstance(found, h5py.h5g.GroupID):
             return Group(self._h5, found, path)
         if isinstance(found, h5py.h5d.DatasetID):
-            return _tensor(self._h5, found, path)
+            return tensor_of(self._h5, found, path)
         return None
 
     def group(self, path: str) -> Group | None:
@@ -208,7 +190,7 @@ class Group:
         """Whether a link of that name is in the group; the group is not listed for it."""
         try:
             self._id.links.get_info(name.encode("utf-8", "surrogateescape"))
-        except _DAMAGE:
+        except DAMAGE:
             return False
         return True
 
@@ -218,7 +200,7 @@ class Group:
 
         try:
             return bool(h5py.h5a.exists(self._id, name.encode()))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self._h5.refuse(f"attribute {name!r} of {self.path or '/'}", f"cannot be read ({reason(error)})")
 
     def attribute_number(self, name: str) -> int | None:
@@ -234,7 +216,7 @@ class Group:
             value = np.empty(attribute.shape, attribute.dtype)
             attribute.read(value)
             return int(value.reshape(-1)[0])
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self._h5.refuse(f"attribute {name!r} of {self.path or '/'}", f"cannot be read ({reason(error)})")
 
     def attribute(self, name: str) -> str | list[str] | None:
@@ -254,9 +236,9 @@ class Group:
                 self._h5.refuse(where, "is not text")
             variable = kind.is_variable_str()
             # the texts of a variable-length attribute lie elsewhere and may all be one and the same long one
-            most = self._longest_text(count) if variable else kind.get_size()
-            if count * max(most, 16 if variable else 1) > max(ATTRIBUTE_LIMIT, 16):
-                self._h5.refuse(where, f"{count} texts of up to {most} bytes are more than is read")
+            total = self._texts_length(raw, count) if variable else count * kind.get_size()
+            if max(total, 16 * count) > ATTRIBUTE_LIMIT:
+                self._h5.refuse(where, f"{count} texts of together up to {total} bytes are more than is read")
             values = np.empty(attribute.shape, dtype=object if variable else attribute.dtype)
             if variable:
                 memory = h5py.h5t.py_create(h5py.string_dtype())
@@ -265,7 +247,7 @@ class Group:
                 attribute.read(values)
         except BnportError:
             raise
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self._h5.refuse(where, f"cannot be read ({reason(error)})")
         texts = [
             v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v)
@@ -273,157 +255,43 @@ class Group:
         ]
         return texts if attribute.shape else texts[0]
 
-    def _longest_text(self, count: int) -> int:
-        return self._h5.size if count == 1 else min(self._h5.size, 64 << 10)
+    def _texts_length(self, name: bytes, count: int) -> int:
+        """The lengths of an attribute's variable-length texts together, or an upper bound of it.
+
+        The texts lie elsewhere in the file and may all be one and the same long one, so the lengths are looked up where
+        they stand, in the object's header (version 1, which is what h5py writes unless told otherwise).
+        """
+        if count == 1:
+            return 0  # no longer than the file, and read once
+        try:
+            return _listed_lengths(self._h5, self.address(), name, count)
+        except (FormatError, LookupError, struct.error):
+            return count * self._h5.size
 
 
-def _tensor(h5: H5, dataset: Any, path: str) -> H5Tensor:
-    """A dataset as a tensor: its layout, type and size held against the file before anything is read."""
-    import h5py
-
-    try:
-        plan = dataset.get_create_plist()
-        layout = plan.get_layout()
-        if plan.get_external_count():
-            h5.refuse(path, "keeps its numbers in another file (external storage); bnport does not open it")
-        if layout == h5py.h5d.VIRTUAL:
-            h5.refuse(path, "keeps its numbers in other files (a virtual dataset); bnport does not open them")
-        dtype, swapped = _dtype(h5, dataset, path)
-        shape = tuple(int(length) for length in dataset.shape)
-        nbytes = math.prod(shape) * ITEM_SIZE[dtype]
-        stored = int(dataset.get_storage_size())
-        offset = None
-        if layout == h5py.h5d.CHUNKED:
-            filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
-            most = stored * 1032 if _DEFLATE in filters else stored
-            if nbytes > most or nbytes > CHUNKED_LIMIT:
-                h5.refuse(path, f"shape {shape} needs {nbytes} bytes, {stored} are stored")
-        elif layout == h5py.h5d.CONTIGUOUS and nbytes:
-            where = dataset.get_offset()
-            if where is None or stored != nbytes or where + nbytes > h5.size:
-                h5.refuse(path, f"shape {shape} needs {nbytes} bytes, which are not in the file")
-            offset = h5.start + where
-        elif nbytes > h5.size:
-            h5.refuse(path, f"shape {shape} needs {nbytes} bytes, which are not in the file")
-    except BnportError:
-        raise
-    except _DAMAGE as error:
-        h5.refuse(path, f"damaged ({reason(error)})")
-
-    if offset is not None and not swapped:
-        at = offset
-
-        def read() -> bytes:
-            return h5.file.pread(at, nbytes, path)
-    else:
-
-        def read() -> bytes:
-            return _unpacked(h5, dataset, path, layout, offset, shape, ITEM_SIZE[dtype], swapped)
-
-    return H5Tensor(path, dtype, shape, read, None if swapped else offset)
-
-
-def _dtype(h5: H5, dataset: Any, path: str) -> tuple[str, bool]:
-    """(key of ITEM_SIZE, whether it is big-endian)."""
-    from h5py import h5t
-
-    kind = dataset.get_type()
-    group, size = kind.get_class(), kind.get_size()
-    if group == h5t.FLOAT:
-        name = {2: "float16", 4: "float32", 8: "float64"}.get(size)
-        for order in ("LE", "BE"):
-            if name and kind.equal(getattr(h5t, f"IEEE_F{size * 8}{order}")):
-                return name, order == "BE"
-    elif group == h5t.INTEGER and size in (1, 2, 4, 8):
-        sign = "" if kind.get_sign() == h5t.SGN_2 else "u"
-        for order in ("LE", "BE"):
-            if kind.equal(getattr(h5t, f"STD_{'U' if sign else 'I'}{size * 8}{order}")):
-                return f"{sign}int{size * 8}", order == "BE"
-    elif group == h5t.OPAQUE and size == 2:
-        return "bfloat16", False  # as ml_dtypes' bfloat16 is written by h5py: |V2
-    elif group == h5t.ENUM and size == 1:
-        return "bool", False
-    what = {h5t.STRING: "text", h5t.COMPOUND: "a compound (complex?) type", h5t.REFERENCE: "references"}
-    return h5.refuse(path, f"holds {what.get(group, f'type {group} of {size} bytes')}, not plain real numbers")
-
-
-def _unpacked(
-    h5: H5, dataset: Any, path: str, layout: int, offset: int | None, shape: tuple[int, ...], item: int, swapped: bool
-) -> bytes:
-    """The bytes of a dataset that does not lie in the file as plain little-endian numbers in one piece."""
-    import h5py
-
-    try:
-        raw = np.dtype(f"V{item}")
-        if not math.prod(shape):
-            return b""
-        if offset is not None:
-            values = np.frombuffer(h5.file.pread(offset, math.prod(shape) * item, path), raw)
-        elif layout == h5py.h5d.CHUNKED:
-            values = _chunks(h5, dataset, path, shape, raw)
-        else:  # compact: at most 64 KiB, in the object's header
-            native = np.empty(shape, dataset.dtype)
-            dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, native)
-            values = native.view(raw) if native.ndim else native.reshape(1).view(raw)
-        if swapped:
-            values = np.ascontiguousarray(values).view(f"u{item}").byteswap()
-        return values.tobytes()
-    except BnportError:
-        raise
-    except _DAMAGE as error:
-        h5.refuse(path, f"cannot be read ({reason(error)})")
-
-
-def _chunks(h5: H5, dataset: Any, path: str, shape: tuple[int, ...], raw: Any) -> Any:
-    plan = dataset.get_create_plist()
-    chunk = tuple(int(length) for length in plan.get_chunk())
-    filters = [plan.get_filter(i) for i in range(plan.get_nfilters())]
-    unknown = [code for code, *_ in filters if code not in (_DEFLATE, _SHUFFLE, _FLETCHER32)]
-    size = math.prod(chunk) * raw.itemsize
-    if unknown or size > CHUNKED_LIMIT:
-        h5.refuse(
-            path, f"is packed in a way that is not read (filter {unknown}); rewrite it without (h5repack -f NONE)"
-        )
-    values, expected = np.zeros(shape, raw), math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
-    if dataset.get_num_chunks() != expected:
-        h5.refuse(path, f"{expected} chunks expected, {dataset.get_num_chunks()} are stored")
-    for index in range(expected):
-        info = dataset.get_chunk_info(index)
-        data = h5.file.pread(h5.start + info.byte_offset, info.size, path)
-        for position, (code, *_) in reversed(list(enumerate(filters))):
-            if not info.filter_mask >> position & 1:
-                data = _undone(h5, path, code, data, size, raw.itemsize)
-        if len(data) != size:
-            h5.refuse(path, f"chunk {index} holds {len(data)} bytes, {size} expected")
-        piece = np.frombuffer(data, raw).reshape(chunk)
-        where = tuple(slice(o, min(o + c, n)) for o, c, n in zip(info.chunk_offset, chunk, shape, strict=True))
-        values[where] = piece[tuple(slice(0, s.stop - s.start) for s in where)]
-    return values
-
-
-def _undone(h5: H5, path: str, code: int, data: bytes, size: int, item: int) -> bytes:
-    """One filter of a chunk undone; no more than `size` bytes (and a checksum) ever come out of it."""
-    if code == _FLETCHER32:
-        return data[:-4]  # h5py checks it when it reads; a wrong number is caught by our own checks of values
-    if code == _SHUFFLE:
-        return np.frombuffer(data, np.uint8).reshape(item, -1).T.tobytes() if len(data) % item == 0 else data
-    import zlib
-
-    inflater = zlib.decompressobj()
-    try:
-        plain = inflater.decompress(data, size + 5)
-    except zlib.error as error:
-        h5.refuse(path, f"cannot be inflated ({error})")
-    if len(plain) > size + 4:
-        h5.refuse(path, f"inflates to more than the {size} bytes of a chunk")
-    return plain
+def _listed_lengths(h5: H5, address: int, name: bytes, count: int) -> int:
+    """The sum of the lengths in an attribute message: (length, heap address, index) for each text."""
+    version, messages, _, size = struct.unpack("<BxHII", h5.at(address, 12))
+    if version != 1:
+        raise LookupError
+    blocks, seen = [(address + 16, size)], 0
+    while blocks:
+        start, size = blocks.pop()
+        block, at = h5.at(start, size), 0
+        while at + 8 <= size and seen < messages:
+            kind, length = struct.unpack_from("<HH", block, at)
+            body, at, seen = block[at + 8 : at + 8 + length], at + 8 + length, seen + 1
+            if kind == 0x10:  # the header goes on elsewhere
+                blocks.append(struct.unpack("<QQ", body[:16]))
+            elif kind == 0x0C and body[:1] in (b"\1", b"\3"):
+                sizes = struct.unpack_from("<HHH", body, 2)
+                first = 8 if body[0] == 1 else 9
+                if body[first : first + sizes[0]].rstrip(b"\0") == name:
+                    first += sum(n + -n % 8 for n in sizes) if body[0] == 1 else sum(sizes)
+                    return sum(struct.unpack_from("<I", body, first + 16 * i)[0] for i in range(count))
+    raise LookupError
 
 
 def natural(name: str) -> list[Any]:
     """A sort key that compares digits as numbers: conv2d_2 before conv2d_10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d{1,18})", name) if part]
-
-
-def reason(error: BaseException) -> str:
-    """The library's words on one line, short."""
-    return printable(error, 120) or type(error).__name__

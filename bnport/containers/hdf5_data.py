@@ -1,0 +1,176 @@
+"""The numbers of one HDF5 dataset: its layout held against the file, its chunks unpacked with a limit."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from bnport._lazy import np
+from bnport.containers.tensor import ITEM_SIZE, Tensor
+from bnport.errors import BnportError, printable
+
+if TYPE_CHECKING:
+    from bnport.containers.hdf5 import H5
+
+CHUNKED_LIMIT = 256 << 20  # bytes of one chunked array once unpacked
+_DEFLATE, _SHUFFLE, _FLETCHER32 = 1, 2, 3
+
+# what h5py and the library raise on a damaged file, depending on where it is damaged
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, UnicodeError, SystemError)
+
+
+class H5Tensor(Tensor):
+    """A Tensor of an HDF5 file. `offset`: where its plain little-endian bytes begin in the file, or None if they do not
+    lie there in one piece (chunked, compressed, big-endian, in the header)."""
+
+    __slots__ = ("offset",)
+
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], read: Any, offset: int | None) -> None:
+        super().__init__(name, dtype, shape, read)
+        self.offset = offset
+
+
+def tensor_of(h5: H5, dataset: Any, path: str) -> H5Tensor:
+    """A dataset as a tensor: its layout, type and size held against the file before anything is read."""
+    import h5py
+
+    try:
+        plan = dataset.get_create_plist()
+        layout = plan.get_layout()
+        if plan.get_external_count():
+            h5.refuse(path, "keeps its numbers in another file (external storage); bnport does not open it")
+        if layout == h5py.h5d.VIRTUAL:
+            h5.refuse(path, "keeps its numbers in other files (a virtual dataset); bnport does not open them")
+        dtype, swapped = _dtype(h5, dataset, path)
+        shape = tuple(int(length) for length in dataset.shape)
+        nbytes = math.prod(shape) * ITEM_SIZE[dtype]
+        stored = int(dataset.get_storage_size())
+        offset = None
+        if layout == h5py.h5d.CHUNKED:
+            filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+            if unknown := set(filters) - {_DEFLATE, _SHUFFLE, _FLETCHER32}:
+                h5.refuse(path, f"is packed by a filter that is not read ({unknown}); rewrite it (h5repack -f NONE)")
+            most = stored * 1032 if _DEFLATE in filters else stored
+            if nbytes > most or nbytes > CHUNKED_LIMIT:
+                h5.refuse(path, f"shape {shape} needs {nbytes} bytes, {stored} are stored")
+        elif layout == h5py.h5d.CONTIGUOUS and nbytes:
+            where = dataset.get_offset()
+            if where is None or stored != nbytes or where + nbytes > h5.size:
+                h5.refuse(path, f"shape {shape} needs {nbytes} bytes, which are not in the file")
+            offset = h5.start + where
+        elif nbytes > h5.size:
+            h5.refuse(path, f"shape {shape} needs {nbytes} bytes, which are not in the file")
+    except BnportError:
+        raise
+    except DAMAGE as error:
+        h5.refuse(path, f"damaged ({reason(error)})")
+
+    if offset is not None and not swapped:
+        at = offset
+
+        def read() -> bytes:
+            return h5.file.pread(at, nbytes, path)
+    else:
+
+        def read() -> bytes:
+            return _unpacked(h5, dataset, path, layout, offset, shape, ITEM_SIZE[dtype], swapped)
+
+    return H5Tensor(path, dtype, shape, read, None if swapped else offset)
+
+
+def _dtype(h5: H5, dataset: Any, path: str) -> tuple[str, bool]:
+    """(key of ITEM_SIZE, whether it is big-endian)."""
+    from h5py import h5t
+
+    kind = dataset.get_type()
+    group, size = kind.get_class(), kind.get_size()
+    if group == h5t.FLOAT:
+        name = {2: "float16", 4: "float32", 8: "float64"}.get(size)
+        for order in ("LE", "BE"):
+            if name and kind.equal(getattr(h5t, f"IEEE_F{size * 8}{order}")):
+                return name, order == "BE"
+    elif group == h5t.INTEGER and size in (1, 2, 4, 8):
+        sign = "" if kind.get_sign() == h5t.SGN_2 else "u"
+        for order in ("LE", "BE"):
+            if kind.equal(getattr(h5t, f"STD_{'U' if sign else 'I'}{size * 8}{order}")):
+                return f"{sign}int{size * 8}", order == "BE"
+    elif group == h5t.OPAQUE and size == 2:
+        return "bfloat16", False  # as ml_dtypes' bfloat16 is written by h5py: |V2
+    elif group == h5t.ENUM and size == 1:
+        return "bool", False
+    what = {h5t.STRING: "text", h5t.COMPOUND: "a compound (complex?) type", h5t.REFERENCE: "references"}
+    return h5.refuse(path, f"holds {what.get(group, f'type {group} of {size} bytes')}, not plain real numbers")
+
+
+def _unpacked(
+    h5: H5, dataset: Any, path: str, layout: int, offset: int | None, shape: tuple[int, ...], item: int, swapped: bool
+) -> bytes:
+    """The bytes of a dataset that does not lie in the file as plain little-endian numbers in one piece."""
+    import h5py
+
+    try:
+        raw = np.dtype(f"V{item}")
+        if not math.prod(shape):
+            return b""
+        if offset is not None:
+            values = np.frombuffer(h5.file.pread(offset, math.prod(shape) * item, path), raw)
+        elif layout == h5py.h5d.CHUNKED:
+            values = _chunks(h5, dataset, path, shape, raw)
+        else:  # compact: at most 64 KiB, in the object's header
+            native = np.empty(shape, dataset.dtype)
+            dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, native)
+            values = native.view(raw) if native.ndim else native.reshape(1).view(raw)
+        if swapped:
+            values = np.ascontiguousarray(values).view(f"u{item}").byteswap()
+        return values.tobytes()
+    except BnportError:
+        raise
+    except DAMAGE as error:
+        h5.refuse(path, f"cannot be read ({reason(error)})")
+
+
+def _chunks(h5: H5, dataset: Any, path: str, shape: tuple[int, ...], raw: Any) -> Any:
+    plan = dataset.get_create_plist()
+    chunk = tuple(int(length) for length in plan.get_chunk())
+    filters = [plan.get_filter(i) for i in range(plan.get_nfilters())]
+    size = math.prod(chunk) * raw.itemsize
+    if size > CHUNKED_LIMIT:
+        h5.refuse(path, f"has chunks of {size} bytes, more than is read")
+    values, expected = np.zeros(shape, raw), math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
+    if dataset.get_num_chunks() != expected:
+        h5.refuse(path, f"{expected} chunks expected, {dataset.get_num_chunks()} are stored")
+    for index in range(expected):
+        info = dataset.get_chunk_info(index)
+        data = h5.file.pread(h5.start + info.byte_offset, info.size, path)
+        for position, (code, *_) in reversed(list(enumerate(filters))):
+            if not info.filter_mask >> position & 1:
+                data = _undone(h5, path, code, data, size, raw.itemsize)
+        if len(data) != size:
+            h5.refuse(path, f"chunk {index} holds {len(data)} bytes, {size} expected")
+        piece = np.frombuffer(data, raw).reshape(chunk)
+        where = tuple(slice(o, min(o + c, n)) for o, c, n in zip(info.chunk_offset, chunk, shape, strict=True))
+        values[where] = piece[tuple(slice(0, s.stop - s.start) for s in where)]
+    return values
+
+
+def _undone(h5: H5, path: str, code: int, data: bytes, size: int, item: int) -> bytes:
+    """One filter of a chunk undone; no more than `size` bytes (and a checksum) ever come out of it."""
+    if code == _FLETCHER32:
+        return data[:-4]  # h5py checks it when it reads; a wrong number is caught by our own checks of values
+    if code == _SHUFFLE:
+        return np.frombuffer(data, np.uint8).reshape(item, -1).T.tobytes() if len(data) % item == 0 else data
+    import zlib
+
+    inflater = zlib.decompressobj()
+    try:
+        plain = inflater.decompress(data, size + 5)
+    except zlib.error as error:
+        h5.refuse(path, f"cannot be inflated ({error})")
+    if len(plain) > size + 4:
+        h5.refuse(path, f"inflates to more than the {size} bytes of a chunk")
+    return plain
+
+
+def reason(error: BaseException) -> str:
+    """The library's words on one line, short."""
+    return printable(error, 120) or type(error).__name__
