@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bnport.containers.protobuf import LENGTH, VARINT, Numbers, fields, signed, varints
 from bnport.containers.tensor import ITEM_SIZE, Tensor
-from bnport.errors import FormatError
+from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from bnport.containers.hdf5 import H5Tensor
@@ -120,11 +120,13 @@ def kernel_shape(buffer: Buffer, span: Span, what: str) -> tuple[int, ...] | Non
     return blob.shape
 
 
-def from_hdf5(tensor: H5Tensor) -> Blob:
+def from_hdf5(path: str, tensor: H5Tensor) -> Blob:
     """The blob of a dataset /data/<layer>/<index>."""
     flat = Tensor(tensor.name, tensor.dtype, (tensor.size,), tensor.read)
     if tensor.dtype not in ("float64", "float32", "float16"):
-        raise FormatError(f"{tensor.name}: holds {tensor.dtype}, floating-point numbers were expected")
+        raise FormatError(
+            f"{printable(path)}: {printable(tensor.name)}: holds {tensor.dtype}, floating-point numbers were expected"
+        )
     places = None if tensor.offset is None else [(tensor.offset, tensor.nbytes)]
     return Blob(tensor.shape, flat, places)
 

@@ -106,7 +106,7 @@ class Stored:
         """Blob `index`."""
         span = self.spans[index]
         if self._net.buffer is None:
-            return from_hdf5(span)  # type: ignore[arg-type]
+            return from_hdf5(self._net.path, span)  # type: ignore[arg-type]
         what = f"layer {self.name!r} blob {index}"
         return from_message(self._net.buffer, span, what, self._net.budget)  # type: ignore[arg-type]
 
@@ -203,6 +203,8 @@ class Net:
                 else:
                     (node.bottoms if number == 3 else node.tops).append(text)
             elif number == 2:
+                if not isinstance(value, int):
+                    raise buffer.error(value[0], f"the type of a V1 layer has wire type {wire}")
                 kind = signed(value, 32)
                 node.type = _V1_TYPES.get(kind, f"V1 type {kind}")
             elif number == 7:
