@@ -77,7 +77,7 @@ def _array(path: str) -> Any:
         x = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise NotFound(f"{printable(path)}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise FormatError(f"{printable(path)}: not an array of numpy.save: {printable(error)}") from None
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu" or x.ndim < 2:
         raise FormatError(f"{printable(path)}: one array of numbers of shape (N, ...) is expected")

@@ -1,0 +1,302 @@
+"""trace finds the first place where two real networks part, and says whether it is BatchNorm or what lies before it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import bnport
+from bnport.errors import InvalidValue, Question
+from bnport.trace import trace
+from tests.twins import Net, batchnorm_weights, export, images, keras_twin
+
+
+@pytest.fixture(scope="module")
+def net():
+    return Net()
+
+
+@pytest.fixture
+def twin(net):
+    return keras_twin(net)
+
+
+@pytest.fixture(scope="module")
+def onnx_path(net, tmp_path_factory):
+    return export(net, str(tmp_path_factory.mktemp("onnx") / "net.onnx"))
+
+
+def test_two_equal_networks_agree_in_every_layer_and_in_the_end(net, twin):
+    x = images()
+    found = trace(net, twin, x)
+    assert found.ok
+    assert [(s.a, s.b) for s in found.steps] == [("bn1", "bn1"), ("bn2", "bn2"), ("bn3", "bn3")]
+    assert all(0 < s.own.ratio <= 1 for s in found.steps)
+    assert found.output_difference < 1e-5
+    with torch.no_grad():
+        expected = net(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(twin(x.transpose(0, 2, 3, 1)).numpy(), expected, atol=1e-4)  # the twin is one
+    assert "The networks agree" in str(found)
+
+
+@pytest.mark.parametrize("pair", ["torch onnx", "onnx keras", "keras torch", "keras keras", "onnx torch"])
+def test_every_combination_of_frameworks_can_be_traced(pair, net, twin, onnx_path):
+    models = {"torch": net, "keras": twin, "onnx": onnx_path}
+    a, b = (models[word] for word in pair.split())
+    found = trace(a, b, images())
+    assert found.ok, str(found)
+    assert len(found.steps) == 3
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_each_network_gets_the_layout_that_it_needs(net, twin, layout):
+    x = images() if layout == "NCHW" else images().transpose(0, 2, 3, 1)
+    assert trace(net, twin, x).ok
+    assert trace(net, twin, x, layout=layout).ok
+
+
+def test_a_layout_that_nothing_tells_is_asked_for():
+    one = torch.nn.Sequential(torch.nn.BatchNorm2d(8)).eval()
+    x = np.ones((2, 8, 8, 8), np.float32)
+    with pytest.raises(Question, match=r"--layout"):
+        trace(one, one, x)
+    assert trace(one, one, x, layout="NCHW").ok
+    with pytest.raises(InvalidValue, match="does not fit an input of shape"):
+        trace(one, one, x, layout="CHWN")
+
+
+def test_a_wrong_batchnorm_is_named_with_channel_and_mistake(net, twin):
+    gamma, beta, mean, variance = batchnorm_weights(net.bn2)
+    twin.get_layer("bn2").set_weights([gamma, beta, mean, np.sqrt(variance)])
+    found = trace(net, twin, images())
+    assert not found.ok
+    assert found.first.b == "bn2"
+    assert found.first.layer_differs
+    assert not found.first.input_differs
+    assert len(found.faults) == 1, "what follows from bn2 is no fault of its own"
+    assert found.faults[0].startswith("bn2 is another function than bn2: channel ")
+    assert "likely mistake: the standard deviation was written where the variance belongs" in str(found)
+
+
+def test_expected_and_got_are_the_numbers_of_that_channel(net, twin):
+    weights = batchnorm_weights(net.bn1)
+    weights[1] = weights[1].copy()
+    weights[1][5] += 0.25
+    twin.get_layer("bn1").set_weights(weights)
+    own = trace(net, twin, images()).first.own
+    assert own.channel == 5
+    assert own.got - own.expected == pytest.approx(0.25, abs=1e-5)
+
+
+def test_wrong_padding_is_told_from_a_wrong_batchnorm(net):
+    found = trace(net, keras_twin(net, padding="same"), images())
+    assert found.first.b == "bn1"
+    assert found.first.input_differs
+    assert not found.first.layer_differs
+    assert len(found.faults) == 1
+    assert "before bn1: its input already differs" in found.faults[0]
+    assert "between the network's input and it" in found.faults[0]
+    assert found.explanation is None
+
+
+def test_a_wrong_kernel_between_two_layers_is_placed_between_them(net, twin):
+    kernel = twin.get_layer("down").get_weights()[0]
+    twin.get_layer("down").set_weights([kernel * 1.01])
+    found = trace(net, twin, images())
+    assert found.first.b == "bn3"
+    (fault,) = found.faults
+    assert fault.startswith("before bn3: its input already differs by 0.01")
+    assert "between bn1, bn2 and it" in fault
+
+
+def test_a_wrong_padding_and_a_wrong_layer_after_it_are_both_reported(net):
+    model = keras_twin(net, padding="same")
+    weights = batchnorm_weights(net.bn3)
+    model.get_layer("bn3").set_weights([weights[0], weights[1], weights[3], weights[2] ** 2])
+    found = trace(net, model, images())
+    assert [fault.split(":")[0] for fault in found.faults] == ["before bn1", "bn3 is another function than bn3"]
+
+
+def test_a_wrong_head_is_placed_after_the_last_batchnorm(net, twin):
+    kernel, bias = twin.get_layer("fc").get_weights()
+    twin.get_layer("fc").set_weights([kernel, bias + 0.1])
+    found = trace(net, twin, images())
+    assert not found.ok
+    assert "after the last BatchNorm layer, bn3" in found.faults[0]
+
+
+def test_an_epsilon_too_small_for_any_threshold_is_found_by_the_bound(net, twin):
+    twin.get_layer("bn1").epsilon = 1.1e-5
+    found = trace(net, twin, images())
+    assert found.output_difference < found.tolerance, "no threshold on outputs would see it"
+    assert [s.b for s in found.steps if s.layer_differs] == ["bn1"]
+    assert "epsilon is 1.1e-05" in str(found)
+
+
+def test_inputs_of_other_shapes_are_said(net):
+    other = Net()
+    other.conv1.stride = (1, 1)
+    found = trace(net, other, images())
+    assert "its input has shape (4, 16, 16, 8), in the original (4, 8, 8, 8)" in found.faults[0]
+
+
+def test_the_models_are_left_as_they_were(net, twin):
+    net.bn2.train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    held = [np.array(w) for w in twin.get_weights()]
+    try:
+        assert trace(net, twin, images()).ok, "a network in training mode is still traced at inference"
+        assert net.bn2.training
+        assert not net.bn1.training
+    finally:
+        net.eval()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(np.array_equal(w, h) for w, h in zip(twin.get_weights(), held, strict=True))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert "call" not in vars(twin.get_layer("bn1"))
+
+
+def test_an_error_inside_a_network_leaves_no_hooks(net, twin):
+    with pytest.raises(RuntimeError):
+        trace(net, twin, np.zeros((1, 4, 16, 16), np.float32), layout="NCHW")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_shared_layer_is_compared_at_each_of_its_calls():
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = torch.nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.bn(self.bn(x) + 1)
+
+    inputs = keras.Input((4,))
+    layer = keras.layers.BatchNormalization(epsilon=1e-5, name="bn")
+    model = keras.Model(inputs, layer(layer(inputs) + 1))
+    one = Shared().eval()
+    layer.set_weights(batchnorm_weights(one.bn))
+    found = trace(one, model, np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32))
+    assert found.ok, str(found)
+    assert [s.call for s in found.steps] == [0, 1]
+
+
+def test_nested_and_subclassed_keras_models_are_traced(net):
+    inner = keras.Sequential([keras.layers.BatchNormalization(epsilon=1e-5, name="n")], name="inner")
+
+    class Outer(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def call(self, x, training=False):
+            return self.inner(x, training=training)
+
+    model = Outer()
+    model(np.zeros((1, 8), np.float32))
+    inner.layers[0].set_weights(batchnorm_weights(net.bn1))
+    one = torch.nn.BatchNorm1d(8).eval()
+    one.load_state_dict(net.bn1.state_dict())
+    found = trace(one, model, np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32))
+    assert found.ok, str(found)
+    assert len(found.steps) == 1
+
+
+def test_a_16_bit_network_is_held_to_its_own_bound(net):
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = keras_twin(net)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    found = trace(net, model, images())
+    assert not [s for s in found.steps if s.layer_differs], str(found)
+    assert found.tolerance == 0.05
+    weights = batchnorm_weights(net.bn2)
+    model.get_layer("bn2").set_weights([*weights[:3], weights[3] * 1.1])
+    assert [s.b for s in trace(net, model, images()).steps if s.layer_differs] == ["bn2"]
+
+
+def test_progress_runs_over_both_networks_and_arrives(net, twin):
+    seen = []
+    trace(net, twin, images(), progress=lambda done, total, what: seen.append((done, total, what)))
+    assert [done for done, _, _ in seen] == [1, 2, 3, 4, 5, 6, 6]
+    assert {total for _, total, _ in seen} == {6}
+
+
+def test_weights_alone_are_no_network(net, tmp_path):
+    path = str(tmp_path / "net.pth")
+    torch.save(net.state_dict(), path)
+    with pytest.raises(InvalidValue, match="this file holds weights, not a network"):
+        trace(net, path, images())
+
+
+def test_the_json_form_is_plain_json(net):
+    found = trace(net, keras_twin(net, padding="same"), images())
+    value = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert value["ok"] is False
+    assert value["steps"][0]["b"] == "bn1"
+    assert bnport.trace is not None
+
+
+MODELS = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.twins import Net, keras_twin
+
+def original():
+    return Net()
+
+def ported():
+    from tests.twins import Net, keras_twin
+    return keras_twin(Net(), padding="same")
+
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "bnport", "trace", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_runs_the_users_own_functions_and_files(net, twin, onnx_path, tmp_path):
+    import os
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    (tmp_path / "nets.py").write_text(MODELS.format(root=root))
+    np.save(tmp_path / "x.npy", images())
+    twin.save(tmp_path / "twin.keras")
+    done = run(onnx_path, tmp_path / "twin.keras", "--input", tmp_path / "x.npy")
+    assert done.returncode == 0, done.stderr
+    assert "The networks agree" in done.stdout
+    arguments = (f"{tmp_path}/nets.py:original", f"{tmp_path}/nets.py:ported")
+    done = run(*arguments, "--input", tmp_path / "x.npy", "--json")
+    assert done.returncode == 1, done.stderr
+    assert "before bn1" in json.loads(done.stdout)["faults"][0]
+    done = run(onnx_path, f"{tmp_path}/nets.py:broken", "--input", tmp_path / "x.npy")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("nets.py:broken: RuntimeError: no weights here")
+
+
+@pytest.mark.parametrize("bad", [b"", b"nonsense", "pickle", "vector"])
+def test_a_bad_input_file_is_one_line_and_exit_2(bad, onnx_path, tmp_path):
+    path = tmp_path / "x.npy"
+    if bad == "pickle":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    elif bad == "vector":
+        np.save(path, np.zeros(3))
+    else:
+        path.write_bytes(bad)
+    done = run(onnx_path, onnx_path, "--input", path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "x.npy" in done.stderr.splitlines()[-1]
