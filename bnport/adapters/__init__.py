@@ -139,6 +139,8 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
         name = adapter.__name__.rsplit(".", 1)[-1]
         takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
         raise InvalidValue(f"the {name} format has no option {listed(unknown)}; {takes}")
+    if epsilon is not None and "epsilon" in known:
+        given["epsilon"] = epsilon  # where other fields depend on it
     layers = adapter.read(os.fspath(source) if isinstance(source, os.PathLike) else source, **given)
     if epsilon is not None:
         held = [layer.name for layer in layers.values() if "epsilon" not in layer.assumed]

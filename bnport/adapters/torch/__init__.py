@@ -77,20 +77,23 @@ def _zip_kind(path: str) -> str:
     return "export" if zip_root(archive, "models/model.json") is not None else ""
 
 
-def read(source: Any, *, key: str | None = None, inplace_abn: bool | None = None) -> Layers:
+def read(
+    source: Any, *, key: str | None = None, inplace_abn: bool | None = None, epsilon: float | None = None
+) -> Layers:
     """The BatchNorm layers of a file (str) or of a live module or state dict.
 
     `key`: which model of a nested checkpoint ("model_ema", "nets.generator"). `inplace_abn`: whether the weights are
     InPlaceABN's, whose gamma is abs(weight) + eps; None takes that from the class where it is known, else False.
+    `epsilon`: what to assume, instead of 1e-5, for layers whose epsilon the source does not hold.
     Raises FormatError for a file that is not understood, Question if several models fit and no key is given.
     """
     if not isinstance(source, str):
         from bnport.adapters.torch.live import read_live
 
-        return read_live(source, key, inplace_abn)
+        return read_live(source, key, inplace_abn, epsilon)
     file = ReadFile(source)
     if source.lower().endswith(".safetensors") or file.pread(8, min(1, max(0, file.size - 8))) == b"{":
-        return _read_safetensors(source, inplace_abn)
+        return _read_safetensors(source, inplace_abn, epsilon)
     opened = _opened(file)
     if isinstance(opened, Layers):
         return opened
@@ -105,7 +108,7 @@ def read(source: Any, *, key: str | None = None, inplace_abn: bool | None = None
         scripted, more = layers_of_script(checkpoint, inplace_abn)
         return Layers(scripted, source=source, format="torch", notes=[*checkpoint.notes, *more])
     found = models_in(checkpoint.value, checkpoint, lambda value: state_of(value) is not None)
-    if any(candidate.tensors is None for candidate in found):  # modules without BatchNorm are no candidates
+    if len(found) > 1:  # modules without BatchNorm are no candidates
         found = [c for c in found if c.tensors is not None or layers_of_module(c.value, checkpoint, inplace_abn)[0]]
     model, notes = chosen(found, key, where)
     notes = [*checkpoint.notes, *notes]
@@ -113,7 +116,7 @@ def read(source: Any, *, key: str | None = None, inplace_abn: bool | None = None
         return Layers(source=source, format="torch", notes=[*notes, _NONE_FOUND])
     if model.tensors is not None:
         versions = checkpoint.versions(model.value)
-        layers, more = layers_of_state(model.tensors, versions, where, inplace_abn)
+        layers, more = layers_of_state(model.tensors, versions, where, inplace_abn, epsilon)
     else:
         layers, more = layers_of_module(model.value, checkpoint, inplace_abn)
     return Layers(layers, source=source, format="torch", notes=[*notes, *more])
@@ -144,14 +147,14 @@ def _opened(file: ReadFile) -> Checkpoint | Layers:
     raise FormatError(f"{printable(file.path)}: neither a zip, a legacy stream nor a tar of torch.save")
 
 
-def _read_safetensors(path: str, inplace_abn: bool | None) -> Layers:
+def _read_safetensors(path: str, inplace_abn: bool | None, epsilon: float | None) -> Layers:
     from bnport.adapters.torch.state import layers_of_state
     from bnport.containers.safetensors import open_safetensors
 
     tensors, metadata = open_safetensors(path)
     if metadata.get("format") == "bnport":
         raise FormatError(f"{printable(path)}: is bnport's own record file, not a PyTorch model")
-    layers, notes = layers_of_state(tensors, {}, printable(path), inplace_abn)
+    layers, notes = layers_of_state(tensors, {}, printable(path), inplace_abn, epsilon)
     return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
 
 

@@ -25,10 +25,11 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def tensor_of(value: Any, name: str) -> Tensor | None:
-    """A live torch tensor or numpy array as a Tensor; None for anything else."""
+    """A live torch tensor or numpy array as a Tensor; None for anything else, and for an uninitialised lazy one."""
     import torch
+    from torch.nn.parameter import is_lazy
 
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not is_lazy(value):
         live = value.detach()
 
         def read() -> bytes:
@@ -68,7 +69,7 @@ def described(source: Any) -> str:
     return f"live {type(source).__name__}"
 
 
-def read_live(source: Any, key: str | None, inplace_abn: bool | None) -> Layers:
+def read_live(source: Any, key: str | None, inplace_abn: bool | None, epsilon: float | None = None) -> Layers:
     """The BatchNorm layers of an nn.Module, a state dict, or a checkpoint that was loaded."""
     import torch
 
@@ -82,7 +83,7 @@ def read_live(source: Any, key: str | None, inplace_abn: bool | None) -> Layers:
     if model is None:
         return Layers(source=where, format="torch", notes=[*notes, ABSENT])
     if model.tensors is not None:
-        layers, more = layers_of_state(model.tensors, _versions(model.value), where, inplace_abn)
+        layers, more = layers_of_state(model.tensors, _versions(model.value), where, inplace_abn, epsilon)
     else:
         layers, more = _layers_of(model.value, where, inplace_abn)
         more = more if layers else [*more, ABSENT]
@@ -156,7 +157,8 @@ def _definitions(model: Any, plain: Mapping[str, str]) -> Iterator[Definition]:
     first = True
     for name, module in model.named_modules():
         if _is_batchnorm(module):
-            yield Definition(plain[name], module.running_mean.numel() if module.running_mean is not None else 0)
+            mean = tensor_of(module.running_mean, name)
+            yield Definition(plain[name], mean.size if mean is not None else 0)
         elif kernel := module_kernel(module, plain[name], first):
             yield Definition(plain[name], kernel.shape[0], kernel)
             first = False

@@ -39,12 +39,17 @@ def plain_names(names: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def layers_of_state(
-    tensors: Mapping[str, Tensor], versions: Mapping[str, int], where: str, inplace_abn: bool | None
+    tensors: Mapping[str, Tensor],
+    versions: Mapping[str, int],
+    where: str,
+    inplace_abn: bool | None,
+    given_epsilon: float | None = None,
 ) -> tuple[list[Layer], list[str]]:
     """The BatchNorm layers of a state dict in its own order, and notes about the whole.
 
     A prefix is a BatchNorm if it has both running_mean and running_var; weight and bias alone could be a LayerNorm, a
-    GroupNorm or a linear layer. `versions`: the `_metadata` of torch, prefix -> module version.
+    GroupNorm or a linear layer. `versions`: the `_metadata` of torch, prefix -> module version. `given_epsilon`: what to
+    assume instead of torch's default.
     """
     plain, notes = plain_names(list(tensors))
     if "n_averaged" in tensors:
@@ -56,7 +61,7 @@ def layers_of_state(
     layers = []
     for prefix in prefixes:
         name = plain[prefix + "running_mean"].removesuffix("running_mean").removesuffix(".") or ROOT
-        layers.append(_layer(prefix, name, tensors, versions, where, inplace_abn, kernels.get(name)))
+        layers.append(_layer(prefix, name, tensors, versions, where, inplace_abn, kernels.get(name), given_epsilon))
     if len({layer.name for layer in layers}) != len(layers):
         raise FormatError(f"{where}: two BatchNorm layers have one name once wrappers are left out")
     return layers, notes
@@ -83,6 +88,7 @@ def _layer(
     where: str,
     inplace_abn: bool | None,
     kernel: Kernel | None,
+    given_epsilon: float | None,
 ) -> Layer:
     def get(last: str) -> Tensor | None:
         return tensors.get(prefix + last)
@@ -97,9 +103,9 @@ def _layer(
         notes.append("BatchNorm of a quantisation-aware ConvBn, stored under gamma and beta")
     if get("scale") is not None and get("zero_point") is not None:
         notes.append("a quantised BatchNorm: its output is rounded to 8 bits, which is not part of the record")
-    epsilon: float | None = None
+    epsilon = given_epsilon
     counter = get("num_batches_tracked")
-    if counter is None and versions.get(prefix.removesuffix(".")) == 2:
+    if epsilon is None and counter is None and versions.get(prefix.removesuffix(".")) == 2:
         # detectron2's FrozenBatchNorm2d of version 2 added epsilon to running_var when it was saved; a BatchNorm2d of
         # version 2 always has num_batches_tracked, unless somebody removed it
         epsilon = 0.0
