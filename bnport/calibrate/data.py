@@ -56,10 +56,21 @@ class Batches:
     notes:       what a report should say about them (samples that a loader drops, a random order, keys left out).
     """
 
-    __slots__ = ("_make", "_settings", "_started", "fingerprint", "length", "name", "notes", "repeatable", "samples")
+    __slots__ = (
+        "_make",
+        "_settings",
+        "_size",
+        "_started",
+        "fingerprint",
+        "length",
+        "name",
+        "notes",
+        "repeatable",
+        "samples",
+    )
 
     def __init__(self, source: Source, settings: _Settings) -> None:
-        self._make, self._settings, self._started = source.make, settings, False
+        self._make, self._settings, self._started, self._size = source.make, settings, False, source.batch_size
         self.name, self.repeatable, self.fingerprint = source.name, source.repeatable, source.fingerprint
         self.samples, self.length, self.notes = source.samples, source.length, list(source.notes)
         limit = settings.limit
@@ -80,14 +91,18 @@ class Batches:
 
     def _checked(self, skip: int) -> Iterator[Batch]:
         seen, limit, check = 0, self._settings.limit, _Check(self.name, self._settings, self.notes)
-        for number, item in enumerate(self._make(skip), skip):
+        start = skip
+        if limit is not None and skip:  # the limit counts from the first sample, also of those that are passed over
+            seen, start = (skip * self._size, skip) if self._size else (0, 0)
+        for number, item in enumerate(self._make(start) if limit is None or seen < limit else (), start):
             batch, count = check(item, number)
             if limit is not None and seen + count > limit:
                 count = limit - seen
                 batch = mapped(batch, lambda array: array[:count])  # noqa: B023
             if count:
                 seen += count
-                yield batch
+                if number >= skip:
+                    yield batch
             if seen == limit:
                 break
         least = max(1, self._settings.minimum)

@@ -144,6 +144,11 @@ class _Pending:
         self.lost = 0
 
 
+def single_pool() -> ProcessPoolExecutor:
+    """A spawned process of its own, behind concurrent.futures."""
+    return _pool(1)
+
+
 def _pool(workers: int) -> ProcessPoolExecutor:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -187,29 +192,27 @@ def _in_order(
         yield collect(waiting.popleft())
 
 
-def _dask(
-    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
-) -> Iterator[Result]:
+def dask_client(workers: int | None, address: Any, retries: int) -> tuple[Any, bool]:
+    """(a Dask client, whether it was made here and must be closed)."""
     try:
         import dask
         import distributed
     except ImportError:
         raise MissingDependency("engine 'dask' needs dask.distributed: pip install 'bnport[dask]'") from None
-    owned = not isinstance(address, distributed.Client)
-    if not owned:
-        client = address
-    elif address is not None:
-        client = distributed.Client(address, set_as_default=False)
-    else:
-        with dask.config.set({"distributed.scheduler.allowed-failures": retries}):
-            client = distributed.Client(
-                n_workers=workers or cores(),
-                threads_per_worker=1,
-                processes=True,
-                dashboard_address=None,
-                set_as_default=False,
-            )
-    number = itertools.count()
+    if isinstance(address, distributed.Client):
+        return address, False
+    if address is not None:
+        return distributed.Client(address, set_as_default=False), True
+    settings = {"n_workers": workers or cores(), "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with dask.config.set({"distributed.scheduler.allowed-failures": retries}):
+        return distributed.Client(set_as_default=False, **settings), True
+
+
+def _dask(
+    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
+) -> Iterator[Result]:
+    client, owned = dask_client(workers, address, retries)
+    import distributed
 
     def collect(future: Any) -> Result:
         try:
@@ -218,21 +221,17 @@ def _dask(
             raise WorkerLost(f"Dask lost the worker of a block again and again: {printable(error)}") from None
         return result
 
-    def submit(block: Block) -> Any:
-        # pure=False: equal blocks are not taken for one
-        return client.submit(function, block, pure=False, key=f"bnport-{os.getpid()}-{id(number)}-{next(number)}")
-
     try:
         threads = sum(client.nthreads().values()) or workers or cores()
-        yield from _in_order(submit, collect, blocks, AHEAD * threads)
+        # pure=False: equal blocks are not taken for one
+        yield from _in_order(lambda block: client.submit(function, block, pure=False), collect, blocks, AHEAD * threads)
     finally:
         if owned:
             client.close()
 
 
-def _ray(
-    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
-) -> Iterator[Result]:
+def ray_cluster(workers: int | None, address: Any) -> tuple[Any, bool]:
+    """(the ray module, joined to a cluster; whether it was joined here and must be left)."""
     try:
         import ray
     except ImportError:
@@ -241,6 +240,13 @@ def _ray(
     if owned:
         local = {"num_cpus": workers or cores(), "include_dashboard": False} if address is None else {}
         ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+    return ray, owned
+
+
+def _ray(
+    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
+) -> Iterator[Result]:
+    ray, owned = ray_cluster(workers, address)
     task = ray.remote(function).options(max_retries=retries)
 
     def collect(reference: Any) -> Result:

@@ -223,9 +223,13 @@ class Frontier:
                 self.unused.append(norm)
                 del self.open[id(norm)]
             elif all(use.done for use in uses):
-                self._finish(norm, merge_all(use.tree.result() for use in uses))
+                self._measured(norm, [use.tree.result() for use in uses])
         if self.after_round is not None:
             self.after_round(self.moments)
+
+    def _measured(self, norm: Norm, uses: list[Moments]) -> None:
+        """A layer's moments are complete, one value per use."""
+        self._finish(norm, merge_all(uses))
 
     def _advance(self, work: int, what: str) -> None:
         self._work += work

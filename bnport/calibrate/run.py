@@ -46,6 +46,9 @@ def calibrate(
     limit: int | None = None,
     key: str | None = None,
     images: Mapping[str, Any] | None = None,
+    engine: str | None = None,
+    workers: int | None = None,
+    address: Any = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Calibration:
     """Compute the mean and variance that a live Keras model's BatchNorm layers should hold, from data, and store them.
@@ -63,6 +66,8 @@ def calibrate(
     resume:  a file for checkpoints; if it is there, the run it belongs to is continued. Deleted at the end.
     minimum: fewer samples are refused. limit: stop after so many.
     images:  how a folder of images is decoded and scaled: size, scale, preprocessing, ...: see bnport.calibrate.folder.
+    engine:  "local", "dask" or "ray": many processes or machines, see bnport.calibrate.shards and .executors; data must
+             then be a path (or a function) and `spill` a folder that all workers reach. workers, address: of the engine.
     progress: called as progress(done, total, what); total is 0 while unknown.
 
     Only moving mean and variance change (with renorm also the three arrays that mirror them): all of them or, on any
@@ -89,6 +94,9 @@ def calibrate(
         data, inputs=live.inputs(), batch_size=batch_size, key=key, minimum=minimum, limit=limit, images=open_images
     )
     run = _Run(live, selected, batches, method, unbiased, budget, spill, resume, progress)
+    if engine is not None:
+        settings = {"batch_size": batch_size, "key": key, "limit": limit, "images": dict(images) if images else None}
+        run.engine = (engine, workers, address, data, settings, minimum)
     started = time.monotonic()
     try:
         with live.running():
@@ -166,9 +174,12 @@ class _Run:
         self.notes: list[str] = []
         self.figures: dict[str, int | float] = {"samples": 0, "batches": 0, "rounds": 1}
         self.checkpoint: Checkpoint | None = None
+        self.engine: tuple[str, int | None, Any, Any, dict[str, Any], int] | None = None
 
     def __call__(self) -> None:
-        if self.method == "population":
+        if self.engine is not None:
+            self._sharded(*self.engine)
+        elif self.method == "population":
             self._population()
         else:
             self._one_pass()
@@ -189,8 +200,8 @@ class _Run:
         self.checkpoint = Checkpoint(self.resume, fingerprint(self.live, first, settings))
         return source if first is None else itertools.chain([first], source)
 
-    def _population(self) -> None:
-        source = self._open_checkpoint(self._source())
+    def _known(self) -> dict[str, Moments]:
+        """What the checkpoint of an interrupted population run holds."""
         known = {}
         if self.checkpoint is not None and self.checkpoint.state is not None:
             for name, part in unpacked(self.checkpoint.state).items():
@@ -199,6 +210,11 @@ class _Run:
                 except KeyError:
                     raise FormatError(f"{printable(self.resume)}: has no moments of {printable(name)}") from None
             self.notes.append(f"resumed: {len(known)} of {len(self.selected)} layers were known")
+        return known
+
+    def _population(self) -> None:
+        source = self._open_checkpoint(self._source())
+        known = self._known()
         with Store(self.live, self.budget, self.spill) as store:
             frontier = Frontier(
                 self.live, self.selected, store,
@@ -214,6 +230,49 @@ class _Run:
             )
         self.unused = frontier.unused
         self.counts = {name: value.n for name, value in moments.items()}
+
+    def _sharded(
+        self, engine: str, workers: int | None, address: Any, data: Any, settings: dict[str, Any], minimum: int
+    ) -> None:
+        import tempfile
+
+        from bnport.calibrate import pinned, shards
+
+        if not (isinstance(data, str | os.PathLike) or callable(data)) or self.batches.length is None:
+            raise InvalidValue(
+                f"{self.batches.name}: with an engine, data must be a path that every worker can open, of known length"
+            )
+        if self.resume is not None:
+            next(self._open_checkpoint(self._source()), None)
+        known = self._known() if self.method == "population" else {}
+        with tempfile.TemporaryDirectory(prefix="bnport-", dir=self.spill) as folder:
+            path = os.path.join(folder, "model.keras")
+            self.live.model.save(path)
+            names = tuple(norm.name for norm in self.selected)
+            plan = shards.Plan(
+                os.path.basename(folder), path, self.live.backend, data, settings, self.method, names, self.unbiased,
+                self.budget, self.spill,
+            )  # fmt: skip
+            pool = pinned.open_workers(engine, workers, address)
+            try:
+                sharded = shards.Sharded(
+                    plan, self.batches.length, pool,
+                    known=known, progress=self.progress, after_round=self._save_moments,
+                )  # fmt: skip
+                moments = sharded.run()
+                sharded.forget()
+            finally:
+                pool.close()
+        if sharded.samples < minimum:
+            raise InvalidValue(f"{self.batches.name}: {sharded.samples} samples, at least {minimum} needed")
+        for norm in self.selected:
+            if norm.name in moments:
+                norm.write(moments[norm.name].mean, moments[norm.name].variance(self.unbiased))
+        self.unused = [norm for norm in self.selected if norm.name not in moments]
+        self.counts = {name: value.n for name, value in moments.items()}
+        self.figures.update(samples=sharded.samples, batches=self.batches.length, rounds=sharded.rounds)
+        if sharded.restarted:
+            self.notes.append(f"{sharded.restarted} shards were done again because their worker had died")
 
     def _save_moments(self, moments: dict[str, Moments]) -> None:
         if self.checkpoint is not None:

@@ -131,6 +131,13 @@ def test_a_limit_stops_in_the_middle_of_a_batch_and_ends_endless_data():
         read(dataset(X).repeat())
 
 
+@pytest.mark.parametrize("data", [X, lambda: iter([X[:32], X[32:64], X[64:]])])
+def test_a_limit_counts_from_the_first_sample_also_when_a_run_resumes(data):
+    assert len(together(read(data, limit=40).iterate(skip=1))) == 8
+    assert list(read(data, limit=32).iterate(skip=1)) == []
+    assert list(read(data, limit=10).iterate(skip=2)) == []
+
+
 def test_several_inputs_come_as_dict_or_list_whatever_carries_them(tmp_path):
     left, right = np.ones((9, 3), np.float32), np.zeros((9, 2), np.float32)
     np.savez(tmp_path / "two.npz", right=right, left=left, other=LABELS[:9])

@@ -1,0 +1,152 @@
+"""One calibration over many workers: the bits of one process, for every engine, also after a worker was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bnport.calibrate import shards
+from bnport.calibrate.run import calibrate
+from bnport.errors import InvalidValue
+from tests.calibrate import nets
+
+HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    np.save(tmp_path / "x.npy", nets.data(n=300))
+    return str(tmp_path / "x.npy")
+
+
+def statistics_of(model, *args, **options):
+    """The statistics as bytes after a calibration, and its result; the model is as it was afterwards."""
+    before = model.get_weights()
+    result = calibrate(model, *args, **options)
+    found = [w.tobytes() for w in model.get_weights()]
+    model.set_weights(before)
+    return found, result
+
+
+@pytest.mark.parametrize("build", [nets.branches, nets.nested])
+@pytest.mark.parametrize("method", ["population", "precise"])
+@pytest.mark.parametrize("batch_size", [7, 32])
+def test_shards_give_the_bits_of_one_process(build, method, batch_size, rows, monkeypatch):
+    monkeypatch.setattr(shards, "shard_size", lambda batches, workers: 4 if batches > 9 else 2)
+    model = build()
+    one, alone = statistics_of(model, rows, method=method, batch_size=batch_size)
+    many, result = statistics_of(model, rows, method=method, batch_size=batch_size, engine="serial")
+    assert many == one
+    assert result.rounds == alone.rounds
+    assert result.samples == 300
+
+
+def test_a_layer_that_is_used_several_times_is_pooled_over_its_uses_and_the_shards(tmp_path):
+    i = nets.keras.Input((6,))
+    shared = nets.L.BatchNormalization(name="shared")
+    model = nets.keras.Model(i, nets.L.Add()([shared(nets.L.Dense(4)(i)), shared(nets.L.Dense(4)(i))]))
+    np.save(tmp_path / "x.npy", nets.data(n=90, shape=(6,)))
+    path = str(tmp_path / "x.npy")
+    one, _ = statistics_of(model, path, batch_size=8)
+    many, result = statistics_of(model, path, batch_size=8, engine="serial")
+    assert many == one
+    assert result.layers[0].n == 180
+
+
+def test_the_size_of_a_shard_is_a_power_of_two_and_gives_every_worker_work():
+    for batches in range(1, 200):
+        for workers in (1, 2, 3, 8):
+            size = shards.shard_size(batches, workers)
+            assert size & (size - 1) == 0
+            assert size == 1 or -(-batches // size) >= 2 * workers
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (np.ones((40, 8, 8, 3), np.float32), {}, "data must be a path"),
+        (None, {"method": "moving"}, "depends on the order"),
+        (None, {"engine": "spark"}, "engine: expected one of"),
+        (None, {"minimum": 1000}, "300 samples, at least 1000 needed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_on_an_engine_is_refused_and_the_model_is_as_it_was(data, options, message, rows):
+    model = nets.branches()
+    before = [w.tobytes() for w in model.get_weights()]
+    with pytest.raises(InvalidValue, match=message):
+        calibrate(model, rows if data is None else data, **{"engine": "serial", **options})
+    assert [w.tobytes() for w in model.get_weights()] == before
+
+
+def test_a_run_on_an_engine_resumes_from_its_checkpoint_to_the_same_bits(rows, tmp_path, monkeypatch):
+    model = nets.branches()
+    one, _ = statistics_of(model, rows)
+    checkpoint = str(tmp_path / "run.npz")
+    work, rounds = shards.work, []
+
+    def interrupted(task):
+        rounds.append(task)
+        if len({len(t.new) + (t.known is None) for t in rounds}) > 1 and task.shard == 1:
+            raise KeyboardInterrupt
+        return work(task)
+
+    monkeypatch.setattr(shards, "work", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        statistics_of(model, rows, engine="serial", resume=checkpoint)
+    monkeypatch.setattr(shards, "work", work)
+    many, result = statistics_of(model, rows, engine="serial", resume=checkpoint)
+    assert many == one
+    assert any("resumed" in note for note in result.notes)
+    assert not os.path.exists(checkpoint)
+
+
+SCRIPT = """
+import json, sys
+import bnport.calibrate.shards as shards
+from bnport.calibrate.run import calibrate
+from tests.calibrate import nets, work
+
+if __name__ == "__main__":
+    engine, path = sys.argv[1:3]
+    model = nets.branches()
+    before = model.get_weights()
+    found = {}
+    for kind in ("alone", "undisturbed", "killed"):
+        model.set_weights(before)
+        if kind == "killed":
+            shards.work = work.shard_whose_worker_dies
+        options = {} if kind == "alone" else {"engine": engine, "workers": 2}
+        result = calibrate(model, path, batch_size=16, **options)
+        found[kind] = [w.tobytes().hex() for w in model.get_weights()]
+        found[kind + " notes"] = result.notes
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "dask", "ray"])
+def test_two_processes_one_of_them_killed_between_two_rounds_give_the_bits_of_one_process(engine, rows, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "jax",  # the lightest to start in every worker
+        "CANARY": str(tmp_path / "died"),
+        "PYTHONPATH": HERE,
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), engine, rows], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert os.path.exists(tmp_path / "died")
+    assert found["undisturbed"] == found["alone"]
+    assert found["killed"] == found["alone"]
+    assert not any("worker had died" in note for note in found["undisturbed notes"])
+    assert any("worker had died" in note for note in found["killed notes"])
