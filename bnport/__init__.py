@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bnport.adapters import read
     from bnport.assign import set_weights
+    from bnport.calibrate.images import image_statistics
+    from bnport.calibrate.run import calibrate
     from bnport.convert import convert, save_records, verify
+    from bnport.diagnosis import explain
     from bnport.diagnosis import explain
     from bnport.layer import Layer, Layers
     from bnport.record import BatchNorm
+    from bnport.trace import trace
     from bnport.trace import trace
 
 __version__ = "0.1.0"
@@ -31,8 +35,10 @@ __all__ = [
     "BatchNorm",
     "Layer",
     "Layers",
+    "calibrate",
     "convert",
     "explain",
+    "image_statistics",
     "read",
     "save_records",
     "set_weights",
@@ -44,8 +50,10 @@ _HOMES = {
     "BatchNorm": "record",
     "Layer": "layer",
     "Layers": "layer",
+    "calibrate": "calibrate",
     "convert": "convert",
     "explain": "diagnosis",
+    "image_statistics": "calibrate",
     "read": "adapters",
     "save_records": "convert",
     "set_weights": "assign",
