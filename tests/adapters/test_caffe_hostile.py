@@ -20,7 +20,7 @@ from tests.adapters.contract import assert_same_bits, telling_record
 from tests.adapters.test_caffe import chain
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "..", "..", "fixtures", "caffe")
-SECONDS = 5.0
+SECONDS = 5.0  # of this process's own time: other work on the machine is not the file's fault
 caffe = adapters.load("caffe")
 
 
@@ -35,10 +35,10 @@ def read_all(path, **options):
 
 def refused(path, match=None, **options):
     """The message of the refusal; it took little time and memory, is one line and names the file."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(BnportError, match=match) as caught:
         read_all(path, **options)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10
     assert str(caught.value).isprintable()
     assert os.path.basename(path) in str(caught.value)
@@ -86,12 +86,12 @@ def test_bytes_made_to_hurt_are_refused_in_time_or_hold_no_batch_norm(tmp_path, 
     if b"BatchNorm" in data or not data.startswith(tag(100, 2)):
         refused(path)
     else:
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             assert not caffe.read(path)
         except FormatError as error:
             assert "hostile.caffemodel" in str(error)
-        assert time.perf_counter() - started < SECONDS
+        assert time.process_time() - started < SECONDS
 
 
 def test_a_net_in_which_everything_reads_everything_is_read_in_time(tmp_path):
@@ -102,9 +102,9 @@ def test_a_net_in_which_everything_reads_everything_is_read_in_time(tmp_path):
     layers += [batch_norm("last", record, "u1498", "end")]
     path = str(tmp_path / "dense.caffemodel")
     save(path, net(*layers))
-    started = time.perf_counter()
+    started = time.process_time()
     found = caffe.read(path)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert len(found) == 1501
     assert found["last"].inputs is None or len(found["last"].inputs) == 1498
 
@@ -113,9 +113,9 @@ def test_thousands_of_scales_on_one_batch_norm_are_read_in_time(tmp_path):
     record = telling_record(2)
     path = str(tmp_path / "wide.caffemodel")
     save(path, net(batch_norm("bn", record, "data", "t"), *(scale(f"s{i}", record, "t", f"u{i}") for i in range(3000))))
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(caffe.read(path)) == 3000
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_the_batch_norm_of_a_caffemodel_of_five_gigabytes_costs_what_a_small_one_costs(tmp_path):
@@ -133,11 +133,11 @@ def test_the_batch_norm_of_a_caffemodel_of_five_gigabytes_costs_what_a_small_one
         file.write(shape + net(batch_norm("bn", record, "c"), scale("s", record, "c")).SerializeToString())
     if os.stat(path).st_blocks * 512 > 1 << 30:
         pytest.skip("this file system keeps no holes")
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     found = caffe.read(path)["bn"]
     assert_same_bits(found.record, record)
     assert found.kernel.shape == (4, count // 4, 1, 1)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
 
 
@@ -282,7 +282,7 @@ def test_a_mutated_caffemodel_is_read_or_refused_by_name_and_nothing_else(tmp_pa
     outcomes = {"read": 0, "refused": 0}
     for number, mutant in enumerate(mutants(data, 7, 1500, PIECES)):
         save(path, mutant)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             read_all(path, **options[number % len(options)])
             outcomes["read"] += 1
@@ -294,7 +294,7 @@ def test_a_mutated_caffemodel_is_read_or_refused_by_name_and_nothing_else(tmp_pa
                 or "mutant.caffemodel" in str(error)
                 or f"{name}.prototxt" in str(error)
             )
-        assert time.perf_counter() - started < SECONDS
+        assert time.process_time() - started < SECONDS
     assert min(outcomes.values()) > 50  # the mutants tell something
 
 
@@ -305,9 +305,9 @@ def test_a_mutated_hdf5_caffemodel_is_read_or_refused_and_nothing_else(tmp_path)
         data = file.read()
     for mutant in mutants(data, 8, 300, [b"\xff" * 8, b"\x00" * 8]):
         save(path, mutant)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             read_all(path, prototxt=os.path.join(FIXTURES, "bvlc.prototxt"))
         except BnportError as error:
             assert str(error).isprintable()
-        assert time.perf_counter() - started < SECONDS
+        assert time.process_time() - started < SECONDS

@@ -542,6 +542,48 @@ def test_a_legacy_shape_wins_over_shape_and_a_vector_may_lie_along_any_axis(file
 # ---- old files, other files
 
 
+def test_a_file_whose_layers_keep_no_settings_reads_a_second_scale_blob_as_beta(files):
+    record = one(epsilon=1e-5)
+    message = net(batch_norm("bn", record, "data", "bn"), scale("s", record, "bn", "out"))
+    text = prototxt(message, input_shape=(10, 7, 1, 1))
+    for one_layer in message.layer:
+        one_layer.ClearField("batch_norm_param")
+        one_layer.ClearField("scale_param")
+    files.save(message, text=text)
+    assert_same_bits(files.read()["bn"].record, record)
+    x = probes(record)
+    assert_within_bound(files.cv2(x)[0], files.read()["bn"].record, x)
+    files.save(message, text=text.replace("bias_term: true", ""))
+    with pytest.raises(FormatError, match=r"layer 's' \(Scale\): 2 blobs, 1 expected"):
+        files.read(prototxt=files.text)
+
+
+def test_layers_that_do_not_say_what_they_read_are_asked_about_and_the_prototxt_answers(files):
+    record = one()
+    message = net(batch_norm("bn", record, "data", "bn"), scale("s", record, "bn", "out"))
+    text = prototxt(message)
+    for one_layer in message.layer:
+        one_layer.ClearField("bottom")
+        one_layer.ClearField("top")
+    files.save(message, text=text)
+    with pytest.raises(Question, match=r"which of s belongs to 'bn'.*--prototxt"):
+        files.read()
+    assert_same_bits(files.read(prototxt=files.text)["bn"].record, record)
+
+
+def test_a_caffemodel_of_another_name_is_recognised_by_its_first_layer_and_other_files_are_not(files, tmp_path):
+    named = net(batch_norm("bn", one(), "data"))
+    nameless = net(batch_norm("bn", one(), "data"))
+    nameless.ClearField("name")
+    for message in (named, nameless):
+        files.save(message)
+        other = str(tmp_path / "weights.bin")
+        os.replace(files.model, other)
+        assert list(adapters.read(other)) == ["bn"]
+    assert not caffe.recognise(b"\x08\x07" + field(2, b"pytorch") + field(7, b"graph"), "model.onnx")
+    assert not caffe.recognise(b"PK\x03\x04" + bytes(100), "x.pth")
+
+
 def v1_net(record):
     message = T["NetParameter"](name="old")
     conv = message.layers.add(name="conv1", type=4, bottom=["data"], top=["conv1"])

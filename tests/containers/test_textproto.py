@@ -88,7 +88,7 @@ def test_a_value_of_another_kind_is_refused(text, reader):
 
 
 def test_nesting_and_size_are_bounded_and_hostile_text_costs_linear_time(tmp_path, monkeypatch):
-    started = time.perf_counter()
+    started = time.process_time()
     for text in (
         "a{" * 101, "a{" * 100_000, "#" * 300_000, "# #" * 100_000 + '"', " " * 1_000_000 + "@", '"' + "\\" * 300_001,
         "a: '" + "\\x" * 150_000, "- " * 200_000, "a:" * 100_000, "a: - " + " " * 300_000 + "@", "a" * 1_000_000,
@@ -98,7 +98,7 @@ def test_nesting_and_size_are_bounded_and_hostile_text_costs_linear_time(tmp_pat
             parse(text)
         except FormatError as error:
             assert len(str(error)) < 300
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert parse("a{" * 99 + "}" * 99).messages("a")
     path = tmp_path / "big.prototxt"
     path.write_text("#" * 101)

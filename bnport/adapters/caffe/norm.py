@@ -30,6 +30,7 @@ def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], l
     """Every BatchNorm record of a net with its Layer, in file order, and notes on the whole."""
     if not net.typed:
         return _untyped(net, choices)
+    _refuse_unconnected(net)
     wiring = Wiring(net)
     ends: dict[int, str | None] = {}
     parts: list[tuple[int, tuple[int, ...], str, bool]] = []
@@ -67,6 +68,17 @@ def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], l
     return found, _notes(net, len(found))
 
 
+def _refuse_unconnected(net: Net) -> None:
+    """Some tools write layers without what they read and make; a Scale must not be overlooked for that."""
+    loose = [node for node in net.nodes if node.type == "BatchNorm" and not node.tops and 0 < node.blob_count < 4]
+    scales = [node.name for node in net.nodes if node.type in ("Scale", "Bias") and not node.bottoms]
+    if loose and scales:
+        raise Question(
+            f"{printable(net.path)}: which of {listed(scales, 5)} belongs to {printable(loose[0].name, 80)!r}, if any? Its"
+            " layers do not say what they read; give the net's --prototxt"
+        )
+
+
 # ---- which blob is which
 
 
@@ -84,9 +96,7 @@ def _held(net: Net, wiring: Wiring, index: int, tail: tuple[int, ...], name: str
             )
     nodes = tuple(net.nodes[i] for i in tail)
     for position, after in zip(tail, nodes, strict=True):
-        wanted = (
-            ("beta",) if after.type == "Bias" else ("gamma", "beta") if after.settings.get("bias_term") else ("gamma",)
-        )
+        wanted = ("beta",) if after.type == "Bias" else ("gamma", "beta") if wiring.has_bias(after) else ("gamma",)
         if not after.blob_count:
             raise _missing(net, after)
         if after.blob_count != len(wanted):

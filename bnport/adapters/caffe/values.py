@@ -77,7 +77,7 @@ def _factor(path: str, held: Held, choices: Choices) -> float:
     if factor == 0 and not choices.allow_untrained:
         raise InvalidValue(
             f"scale factor 0 in {printable(path)}: the layer never saw data and holds no statistics."
-            " --allow-untrained reads it as Caffe does, with mean and variance 0"
+            " --allow-untrained (of a target: --target-option allow-untrained) reads it as Caffe does, mean and variance 0"
         )
     return float(factor)
 

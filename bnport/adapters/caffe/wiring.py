@@ -62,7 +62,7 @@ class Wiring:
         for reader in self.consumers[index] or [-1]:
             node = self.nodes[reader] if reader >= 0 else None
             if node is not None and _is_parameter_layer(node, "Scale"):
-                if node.settings.get("bias_term"):
+                if self.has_bias(node):
                     found.append((reader,))
                 else:
                     for after in self.consumers[reader] or [-1]:
@@ -73,6 +73,11 @@ class Wiring:
             else:
                 found.append(())
         return list(dict.fromkeys(found))
+
+    def has_bias(self, node: Node) -> bool:
+        """Whether a Scale layer adds a bias: as it says, or, in a file that keeps no settings, as its blobs show."""
+        stated = node.settings.get("bias_term")
+        return bool(stated) or (stated is None and not self.net.described and node.blob_count == 2)
 
     def rank(self, index: int) -> int | None:
         """How many axes the input of a node has, where the net says so."""
