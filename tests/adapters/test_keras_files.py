@@ -1,0 +1,497 @@
+"""Layouts of Keras files: old versions (files made by them), nesting, subclasses, shards, Keras 1, and what is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import h5py
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+
+import bnport
+from bnport import adapters
+from bnport.containers.files import replace_file
+from bnport.errors import FormatError, InvalidValue, NotFound, Question
+from bnport.layer import Change
+from bnport.record import FIELDS, BatchNorm
+from tests.adapters.contract import assert_same_bits, telling_record
+
+FIXTURES = os.path.join(os.path.dirname(__file__), "..", "..", "fixtures", "keras")
+KERAS = adapters.load("keras")
+THEIRS = {"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "variance": "moving_variance"}
+PATHS = ["bn1", "inner/ibn", "fn/fbn", "fn/fbn2", "fn/dseq/deep", "td/tbn", "shared"]
+
+
+def expected_of(tag):
+    return np.load(os.path.join(FIXTURES, f"{tag}.npz"))
+
+
+def bits(array):
+    return np.asarray(array, np.float64).tobytes()
+
+
+def assert_is(layer, expected, path):
+    for field, theirs in THEIRS.items():
+        key = f"{path}/{theirs}"
+        assert (field in layer.stores) == (key in expected), (path, field)
+        if key in expected:
+            assert bits(getattr(layer.record, field)) == bits(expected[key]), (path, field)
+
+
+@pytest.mark.parametrize("name", ["tf213.keras", "tf213.h5", "k305.keras"])
+def test_a_full_file_of_an_old_keras_reads_as_that_keras_held_it(name):
+    expected = expected_of(name.split(".")[0])
+    settings = json.loads(str(expected["settings"]))
+    layers = bnport.read(os.path.join(FIXTURES, name))
+    assert list(layers) == PATHS
+    for path, layer in layers.items():
+        assert_is(layer, expected, path)
+        assert layer.epsilon == settings[path]["epsilon"]
+        assert layer.momentum == settings[path]["momentum"]
+        assert not layer.assumed
+
+
+@pytest.mark.parametrize("name", ["tf213.weights.h5", "k305.weights.h5"])
+def test_a_weights_file_of_an_old_keras_has_the_models_order_and_asks_what_three_arrays_are(name):
+    source = os.path.join(FIXTURES, name)
+    with pytest.raises(Question, match="--absent gamma or --absent beta"):
+        bnport.read(source)
+    expected = expected_of(name.split(".")[0])
+    layers = list(bnport.read(source, absent="beta").values())
+    for path, layer in zip(PATHS, layers, strict=True):
+        assert layer.assumed == {"epsilon"}
+        if path != "fn/fbn2":  # the only one without gamma, taken for one without beta here
+            assert_is(layer, expected, path)
+
+
+def test_a_weights_only_file_of_keras_2_is_matched_by_weight_name():
+    expected = expected_of("tf213")
+    layers = bnport.read(os.path.join(FIXTURES, "tf213-only.h5"))
+    inner = {"fn/deep": "fn/dseq/deep", "td": "td/tbn"}  # what the weight names say
+    assert {inner.get(name, name) for name in layers} == set(PATHS)
+    for name, layer in layers.items():
+        assert_is(layer, expected, inner.get(name, name))
+        assert layer.assumed == {"epsilon"}
+
+
+def rewritten(source, out, changes, **options):
+    replace_file(str(out), lambda new: KERAS.write(str(source), changes, new, **options), inputs=[str(source)])
+
+
+@pytest.mark.parametrize("name", ["tf213.keras", "tf213.h5", "k305.keras"])
+def test_an_old_file_is_written_without_moving_anything_else(name, tmp_path):
+    source, out = os.path.join(FIXTURES, name), tmp_path / name
+    layers = bnport.read(source)
+    record = telling_record(3, epsilon=0.0625)
+    rewritten(source, out, {"fn/fbn": Change(record, frozenset({*FIELDS, "epsilon"}))})
+    again = bnport.read(str(out))
+    assert_same_bits(again["fn/fbn"].record, record)
+    for path, layer in layers.items():
+        if path != "fn/fbn":
+            assert_same_bits(again[path].record, layer.record)
+
+
+# ---- keras files, byte for byte
+
+
+def nested():
+    L = keras.layers
+    inner = keras.Sequential([keras.Input((2, 2, 3)), L.BatchNormalization(name="ibn"), L.Conv2D(3, 1)], name="inner")
+    inputs = keras.Input((2, 2, 3))
+    x = L.BatchNormalization(name="bn", epsilon=1e-5)(L.Conv2D(3, 3, padding="same")(inputs))
+    shared = L.BatchNormalization(name="shared", renorm=True)
+    model = keras.Model(inputs, shared(inner(shared(x))), name="model")
+    random_ = np.random.default_rng(0)
+    for layer in model._flatten_layers():
+        layer.set_weights([random_.uniform(0.5, 2, w.shape) for w in layer.get_weights()])
+    return model
+
+
+def test_everything_else_in_a_keras_file_stays_byte_for_byte(tmp_path):
+    source, out = tmp_path / "a.keras", tmp_path / "b.keras"
+    nested().save(source)
+    record = telling_record(3, epsilon=1e-4)
+    rewritten(source, out, {"inner/ibn": Change(record, frozenset({*FIELDS, "epsilon", "momentum"}), 0.5)})
+    with zipfile.ZipFile(source) as a, zipfile.ZipFile(out) as b:
+        assert b.testzip() is None
+        assert a.namelist() == b.namelist()
+        assert a.read("metadata.json") == b.read("metadata.json")
+        old, new = json.loads(a.read("config.json")), json.loads(b.read("config.json"))
+        weights = a.read("model.weights.h5"), b.read("model.weights.h5")
+        texts = a.read("config.json"), b.read("config.json")
+    inner = next(entry for entry in old["config"]["layers"] if entry["config"]["name"] == "inner")
+    settings = next(e["config"] for e in inner["config"]["layers"] if e["config"]["name"] == "ibn")
+    settings["epsilon"], settings["momentum"] = 1e-4, 0.5
+    assert new == old
+    assert json.dumps(old).encode() == texts[1] or len(texts[1]) < len(texts[0])
+    assert len(weights[0]) == len(weights[1])
+    assert sum(x != y for x, y in zip(*weights, strict=True)) <= 4 * 3 * 4
+    loaded = keras.models.load_model(out)
+    layer = loaded.get_layer("inner").get_layer("ibn")
+    assert (layer.epsilon, layer.momentum) == (1e-4, 0.5)
+    for variable, field in zip(layer.get_weights(), FIELDS, strict=True):
+        assert variable.tobytes() == getattr(record, field).astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5", ".weights.h5"])
+def test_the_extra_arrays_of_renorm_stay_consistent(tmp_path, suffix):
+    source, out = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    model = nested()
+    (model.save_weights if "weights" in suffix else model.save)(source)
+    fields = FIELDS if "weights" in suffix else (*FIELDS, "epsilon")
+    record = telling_record(3, epsilon=1e-3 if "weights" in suffix else 0.5)
+    rewritten(source, out, {"shared": Change(record, frozenset(fields))})
+    if "weights" in suffix:
+        model.load_weights(out)
+    else:
+        model = keras.models.load_model(out)
+    layer = model.get_layer("shared")
+    std = np.sqrt(record.variance.astype(np.float64) + record.epsilon).astype(np.float32)
+    assert layer.moving_stddev.numpy().tobytes() == std.tobytes() == layer.renorm_stddev.numpy().tobytes()
+    assert layer.renorm_mean.numpy().tobytes() == record.mean.astype(np.float32).tobytes()
+
+
+def test_a_compressed_archive_and_compressed_arrays_are_rewritten_instead(tmp_path):
+    plain, source, out = tmp_path / "p.keras", tmp_path / "a.keras", tmp_path / "b.keras"
+    nested().save(plain)
+    with zipfile.ZipFile(plain) as a, zipfile.ZipFile(source, "w") as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name), zipfile.ZIP_DEFLATED)
+    record = telling_record(3, epsilon=0.25)
+    change = {"bn": Change(record, frozenset({*FIELDS, "epsilon"}))}
+    rewritten(source, out, change)
+    loaded = keras.models.load_model(out).get_layer("bn")
+    assert loaded.epsilon == 0.25
+    assert loaded.get_weights()[2].tobytes() == record.mean.astype(np.float32).tobytes()
+
+    weights, packed, result = (str(tmp_path / f"{n}.weights.h5") for n in "wpr")
+    model = nested()
+    model.save_weights(weights)
+    with h5py.File(weights) as a, h5py.File(packed, "w") as b:
+
+        def copy(name, item):
+            if isinstance(item, h5py.Dataset):
+                options = {"compression": "gzip", "chunks": True} if item.shape and item.size else {}
+                b.create_dataset(name, data=item[()], **options)
+            else:
+                b.require_group(name).attrs.update(item.attrs)
+
+        a.visititems(copy)
+    before = {n: layer.record for n, layer in bnport.read(weights).items()}
+    assert {n: layer.record for n, layer in bnport.read(packed).items()} == before
+    rewritten(packed, result, {"bn": Change(record.replace(epsilon=1e-3), frozenset(FIELDS))})
+    model.load_weights(result)
+    assert model.get_layer("bn").get_weights()[3].tobytes() == record.variance.astype(np.float32).tobytes()
+    assert model.get_layer("shared").get_weights()[2].tobytes() == before["shared"].mean.tobytes()
+
+
+def test_bfloat16_variables_are_read_and_written_in_sixteen_bits(tmp_path):
+    source, out = tmp_path / "a.keras", tmp_path / "b.keras"
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn", dtype="bfloat16")])
+    model.save(source)
+    record = telling_record(3, epsilon=1e-3, dtype="bfloat16")
+    layer = bnport.read(str(source))["bn"]
+    assert layer.dtype == "bfloat16"
+    rewritten(source, out, {"bn": Change(record, frozenset(FIELDS))})
+    for got, field in zip(keras.models.load_model(out).get_layer("bn").get_weights(), FIELDS, strict=True):
+        assert got.dtype == ml_dtypes.bfloat16
+        assert got.astype(np.float32).tobytes() == getattr(record, field).tobytes()
+    assert_same_bits(bnport.read(str(out))["bn"].record, record)
+
+
+def test_mixed_precision_keeps_float32(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn", dtype="mixed_float16")])
+    model.save(tmp_path / "a.keras")
+    assert bnport.read(str(tmp_path / "a.keras"))["bn"].dtype == "float32"
+    assert bnport.read(model)["bn"].dtype == "float32"
+
+
+# ---- custom classes
+
+
+@keras.saving.register_keras_serializable("tests")
+class Block(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.bn = keras.layers.BatchNormalization(epsilon=0.01)
+        self.more = [keras.layers.BatchNormalization(scale=False), keras.layers.LayerNormalization()]
+
+    def build(self, shape):
+        self.bn.build(shape)
+        [layer.build(shape) for layer in self.more]
+
+    def call(self, x):
+        return self.more[1](self.more[0](self.bn(x)))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Mine(keras.layers.BatchNormalization):
+    pass
+
+
+def test_layers_inside_custom_layers_are_found_without_their_code(tmp_path):
+    path = str(tmp_path / "a.keras")
+    model = keras.Sequential([keras.Input((3,)), Block(name="block"), Mine(name="mine", epsilon=0.5)])
+    model.layers[0].bn.set_weights(list(np.float32([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 4, 9]])))
+    model.save(path)
+    with pytest.raises(Question, match="three arrays"):
+        bnport.read(path)
+    layers = bnport.read(path, absent="gamma")
+    assert layers["mine"].epsilon == 0.5
+    assert not layers["mine"].assumed
+    assert "subclass" in layers["mine"].notes[0]
+    first = next(layer for name, layer in layers.items() if layer.record.mean.tolist() == [7, 8, 9])
+    assert first.assumed == {"epsilon"}
+    assert len(layers) == 3  # LayerNormalization is none
+
+
+def test_layer_normalization_alone_is_not_taken_for_batch_normalization(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.LayerNormalization(), keras.layers.GroupNormalization(1)])
+    for name, save in (("a.keras", model.save), ("a.h5", model.save), ("a.weights.h5", model.save_weights)):
+        save(tmp_path / name)
+        assert not bnport.read(str(tmp_path / name))
+    assert not bnport.read(model)
+
+
+def test_a_subclassed_models_weights_are_named_by_keras_names(tmp_path):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = keras.layers.BatchNormalization(name="one")
+            self.blocks = [keras.layers.BatchNormalization(name=f"b{i}") for i in range(12)]
+
+        def call(self, x):
+            for layer in (self.first, *self.blocks):
+                x = layer(x)
+            return x
+
+    model = Model()
+    model(np.zeros((1, 3), "float32"))
+    for i, layer in enumerate(model.blocks):
+        layer.set_weights([np.full(3, i + k + 1.0) for k in range(4)])
+    model.save_weights(tmp_path / "a.weights.h5")
+    layers = bnport.read(str(tmp_path / "a.weights.h5"))
+    assert set(layers) == {"one", *(f"b{i}" for i in range(12))}
+    for i in range(12):
+        assert layers[f"b{i}"].record.mean.tolist() == [i + 3.0] * 3
+
+
+def test_sharded_weights_are_read_and_their_shards_stay_beside_them(tmp_path):
+    model = nested()
+    path = str(tmp_path / "a.weights.json")
+    model.save_weights(path, max_shard_size=4e-7)
+    shards = sorted(name for name in os.listdir(tmp_path) if name.endswith(".h5"))
+    assert len(shards) > 1
+    layers = bnport.read(path)
+    live = bnport.read(model)
+    assert {layer.record.mean.tobytes() for layer in layers.values()} == {
+        r.record.mean.tobytes() for r in live.values()
+    }
+    with open(path) as file:
+        text = file.read()
+    for bad in ("../a.h5", "/etc/a.h5", "sub/a.h5", "..\\\\a.h5"):
+        with open(path, "w") as file:
+            file.write(text.replace(shards[0], bad))
+        with pytest.raises(FormatError, match="beside"):
+            bnport.read(path)
+    with open(path, "w") as file:
+        file.write(text)
+    with pytest.raises(FormatError, match="not written"):
+        rewritten(path, tmp_path / "b.weights.json", {})
+
+
+# ---- legacy: frozen layers, split attributes, Keras 1, backslashes
+
+
+def test_a_frozen_gamma_changes_the_order_in_the_file_and_not_what_is_read(tmp_path):
+    model = nested()
+    model.get_layer("bn").gamma.trainable = False
+    model.save(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5") as file:
+        names = list(file["model_weights/bn"].attrs["weight_names"])
+    assert names[0] == "bn/beta"  # the fact that this test is about
+    live, stored = bnport.read(model), bnport.read(str(tmp_path / "a.h5"))
+    for name in live:
+        assert_same_bits(stored[name].record, live[name].record)
+
+
+def test_lists_of_names_split_into_several_attributes_are_put_together(tmp_path):
+    inputs = x = keras.Input((2,))
+    wanted = {}
+    for number in range(40):
+        name = f"bn_{number}_" + "n" * 2000
+        layer = keras.layers.BatchNormalization(name=name)
+        x = layer(x)
+        layer.set_weights([np.full(2, number + k + 1.0) for k in range(4)])
+        wanted[name] = number + 3.0
+    keras.Model(inputs, x).save(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert "layer_names1" in file["model_weights"].attrs
+    layers = bnport.read(str(tmp_path / "a.h5"))
+    assert list(layers) == list(wanted)
+    assert all(layers[name].record.mean[0] == mean for name, mean in wanted.items())
+
+
+def keras1(path, version=None, epsilon=None, suffix="_running_std", layer="batchnormalization_1"):
+    """As Keras 1 wrote it: a group and weight names without slashes; attributes as byte strings."""
+    with h5py.File(path, "w") as file:
+        root = file
+        if version is not None:
+            file.attrs["keras_version"] = np.bytes_(version)
+            root = file.create_group("model_weights")
+            config = {
+                "name": layer,
+                "axis": 1,
+                "mode": 0,
+                "momentum": 0.9,
+                "epsilon": epsilon,
+                "gamma_regularizer": None,
+            }
+            value = [{"class_name": "BatchNormalization", "config": config}]
+            file.attrs["model_config"] = np.bytes_(json.dumps({"class_name": "Sequential", "config": value}).encode())
+        root.attrs["layer_names"] = np.array([layer.encode()])
+        group = root.create_group(layer)
+        names = [f"{layer}_gamma", f"{layer}_beta", f"{layer}_running_mean", f"{layer}{suffix}"]
+        group.attrs["weight_names"] = np.array([n.encode() for n in names])
+        for number, name in enumerate(names):
+            group[name] = np.float32([number + 1, number + 2, 0.5])
+    return str(path)
+
+
+def test_running_std_of_a_file_that_says_its_keras_is_a_variance(tmp_path):
+    layer = bnport.read(keras1(tmp_path / "a.h5", "1.2.2", 1e-3))["batchnormalization_1"]
+    assert layer.record.variance.tolist() == [4, 5, 0.5]
+    assert (layer.epsilon, layer.momentum) == (1e-3, 0.9)
+
+
+def test_running_std_of_a_file_that_does_not_say_is_asked_about(tmp_path):
+    path = keras1(tmp_path / "a.h5")
+    with pytest.raises(Question, match="--stat variance or --stat std"):
+        bnport.read(path)
+    assert bnport.read(path, stat="variance")["batchnormalization_1"].record.variance.tolist() == [4, 5, 0.5]
+    layer = bnport.read(path, stat="std")["batchnormalization_1"]
+    assert layer.record.epsilon == 0
+    expected = (np.float64([4, 5, 0.5]) + 1e-6) ** 2  # Keras 1.0.5: (x - mean) / (std + epsilon), epsilon 1e-6
+    assert np.array_equal(layer.record.variance, expected)
+    assert "variance" not in (layer.tensors or {})
+    with pytest.raises(InvalidValue, match="stat"):
+        bnport.read(path, stat="sd")
+
+
+def test_keras_1_0_7_is_asked_about_its_backend(tmp_path):
+    path = keras1(tmp_path / "a.h5", "1.0.7", 1e-6)
+    with pytest.raises(Question, match="--stat variance or --stat root"):
+        bnport.read(path)
+    record = bnport.read(path, stat="root")["batchnormalization_1"].record
+    assert np.array_equal(record.variance, (np.sqrt(np.float64([4, 5, 0.5])) + 1e-6) ** 2)
+
+
+def test_keras_0_files_hold_the_std_under_numbers(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["nb_layers"] = 2
+        for number, arrays in enumerate(([np.ones((3, 2))], [np.float32([1, 2]) + k for k in range(4)])):
+            group = file.create_group(f"layer_{number}")
+            group.attrs["nb_params"] = len(arrays)
+            for k, array in enumerate(arrays):
+                group[f"param_{k}"] = array
+    record = bnport.read(str(tmp_path / "a.h5"))["layer_1"].record
+    assert record.mean.tolist() == [3, 4]
+    assert np.array_equal(record.variance, (np.float64([4, 5]) + 1e-6) ** 2)
+
+
+@pytest.mark.parametrize("name", ["k305.weights.h5", "tf213.weights.h5"])
+def test_backslashes_of_windows_are_slashes(name, tmp_path):
+    """Keras <= 2.15 on Windows made one group named `layers\\bn` where others made two."""
+    source, out = os.path.join(FIXTURES, name), str(tmp_path / "windows.weights.h5")
+    with h5py.File(source) as a, h5py.File(out, "w") as b:
+
+        def copy(path, item):
+            if isinstance(item, h5py.Dataset):
+                layer, _, rest = path.partition("/vars/")
+                b.require_group(layer.replace("/", "\\")).require_group("vars")[rest] = item[()]
+
+        a.visititems(copy)
+    for absent in ("gamma", "beta"):
+        theirs, ours = bnport.read(source, absent=absent), bnport.read(out, absent=absent)
+        by_name = {name.replace("\\", "/"): layer for name, layer in ours.items()}
+        assert set(by_name) == set(theirs)
+        for path, layer in theirs.items():
+            assert_same_bits(by_name[path].record, layer.record)
+    archive = str(tmp_path / "windows.keras")
+    with zipfile.ZipFile(source.replace(".weights.h5", ".keras")) as a, zipfile.ZipFile(archive, "w") as b:
+        for member in ("metadata.json", "config.json"):
+            b.writestr(member, a.read(member))
+        b.write(out, "model.weights.h5")
+    expected = expected_of(name.split(".")[0])
+    for path, layer in bnport.read(archive).items():
+        assert_is(layer, expected, path)
+
+
+def test_a_user_block_before_the_file_is_read_and_written_around(tmp_path):
+    source, block, out = (str(tmp_path / f"{n}.h5") for n in "abc")
+    model = nested()
+    model.save(source)
+    with h5py.File(source) as a, h5py.File(block, "w", userblock_size=1024) as b:
+        for key in a:
+            a.copy(key, b)
+        b.attrs.update(a.attrs)
+    before = bnport.read(source)
+    for name, layer in bnport.read(block).items():
+        assert_same_bits(layer.record, before[name].record)
+    record = telling_record(3, epsilon=0.5)
+    rewritten(block, out, {"bn": Change(record, frozenset({*FIELDS, "epsilon"}))})
+    assert_same_bits(bnport.read(out)["bn"].record, record)
+    layer = keras.models.load_model(out).get_layer("bn")
+    assert layer.epsilon == 0.5
+    assert layer.get_weights()[0].tobytes() == record.gamma.astype(np.float32).tobytes()
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("axis", [[1, 2], [1, 2, 3]])
+def test_several_axes_are_refused(axis, tmp_path):
+    import tf_keras
+
+    inputs = tf_keras.Input((2, 3, 4))
+    model = tf_keras.Model(inputs, tf_keras.layers.BatchNormalization(axis=axis, name="bn")(inputs))
+    model.save(tmp_path / "a.keras")
+    for source in (model, str(tmp_path / "a.keras")):
+        with pytest.raises(FormatError, match="several axes"):
+            bnport.read(source)
+
+
+def test_an_archive_without_weights_says_so(tmp_path):
+    nested().save(tmp_path / "a.keras")
+    with zipfile.ZipFile(tmp_path / "a.keras") as a, zipfile.ZipFile(tmp_path / "b.keras", "w") as b:
+        b.writestr("config.json", a.read("config.json"))
+    layers = bnport.read(str(tmp_path / "b.keras"))
+    assert set(layers) == {"bn", "inner/ibn", "shared"}  # the list needs no weights
+    with pytest.raises(NotFound, match="no weights"):
+        layers["bn"].record  # noqa: B018
+
+
+def test_npz_weights_are_not_unpickled(tmp_path):
+    model = nested()
+    keras.saving.save_model(model, tmp_path / "a.keras")
+    with zipfile.ZipFile(tmp_path / "a.keras") as a, zipfile.ZipFile(tmp_path / "b.keras", "w") as b:
+        b.writestr("config.json", a.read("config.json"))
+        b.writestr("model.weights.npz", b"anything")
+    with pytest.raises(NotFound, match="npz"):
+        bnport.read(str(tmp_path / "b.keras"))["bn"].record  # noqa: B018
+
+
+def test_fixtures_are_not_written_to(tmp_path):
+    shutil.copy(os.path.join(FIXTURES, "k305.keras"), tmp_path / "a.keras")
+    os.chmod(tmp_path / "a.keras", 0o400)
+    [layer.record for layer in bnport.read(str(tmp_path / "a.keras")).values()]
+    assert BatchNorm(mean=[0.0], variance=[1.0], epsilon=0.1).channels == 1
