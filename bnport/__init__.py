@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from bnport.calibrate.run import calibrate
     from bnport.convert import convert, save_records, verify
     from bnport.diagnosis import explain
-    from bnport.diagnosis import explain
     from bnport.layer import Layer, Layers
     from bnport.record import BatchNorm
-    from bnport.trace import trace
     from bnport.trace import trace
 
 __version__ = "0.1.0"
