@@ -45,11 +45,11 @@ _NONE_FOUND = "no running statistics (running_mean and running_var) anywhere in 
 
 def recognise(head: bytes, path: str) -> bool:
     """A zip with a data.pkl or models/model.json in its top folder, a legacy stream or tar, or safetensors not ours."""
-    from bnport.adapters.torch.checkpoint import LEGACY_MAGIC, is_tar
+    from bnport.adapters.torch.checkpoint import is_legacy, is_tar
 
     if head.startswith(b"PK"):
         return _zip_kind(path) != ""
-    if head.startswith(LEGACY_MAGIC) or is_tar(head):
+    if is_legacy(head) or is_tar(head):
         return True
     if head[8:9] == b"{" and not head.startswith(b"{"):
         from bnport.containers.safetensors import is_safetensors, open_safetensors
@@ -119,12 +119,12 @@ def read(
         layers, more = layers_of_state(model.tensors, versions, where, inplace_abn, epsilon)
     else:
         layers, more = layers_of_module(model.value, checkpoint, inplace_abn)
-    return Layers(layers, source=source, format="torch", notes=[*notes, *more])
+    return Layers(layers, source=source, format="torch", notes=[*notes, *more, *([] if layers else [_NONE_FOUND])])
 
 
 def _opened(file: ReadFile) -> Checkpoint | Layers:
     """The checkpoint in a file of torch.save or torch.jit.save; the layers themselves in one of torch.export."""
-    from bnport.adapters.torch.checkpoint import LEGACY_MAGIC, is_tar, open_legacy, open_tar, open_zip, zip_root
+    from bnport.adapters.torch.checkpoint import is_legacy, is_tar, open_legacy, open_tar, open_zip, zip_root
     from bnport.containers.zip import Archive
 
     head = file.pread(0, min(512, file.size))
@@ -140,7 +140,7 @@ def _opened(file: ReadFile) -> Checkpoint | Layers:
         if root is None:
             raise FormatError(f"{printable(file.path)}: a zip archive without a data.pkl in its one top folder")
         return open_zip(file, archive, root)
-    if head.startswith(LEGACY_MAGIC):
+    if is_legacy(head):
         return open_legacy(file)
     if is_tar(head):
         return open_tar(file)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from bnport.containers.files import ReadFile
 
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of 0x1950a86a20f9469cfc6c
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number 0x1950a86a20f9469cfc6c, then the end of its pickle
 _TAR_PARTS = ("storages", "tensors", "pickle")
 _SMALL = 1 << 16  # a storage up to this size is read whole
 
@@ -122,6 +122,11 @@ def _swapped(data: bytes, item: int) -> bytes:
     return b"".join(data[at : at + item][::-1] for at in range(0, len(data), item)) if item > 1 else data
 
 
+def is_legacy(head: bytes) -> bool:
+    """Whether the first bytes are those of a legacy stream; a pickle of protocol 4 or 5 has a frame before the number."""
+    return head[:1] == b"\x80" and head[:40].find(_LEGACY_MAGIC) in (2, 11)
+
+
 def open_legacy(file: ReadFile) -> Checkpoint:
     """The checkpoint in a legacy stream: magic, protocol, system, object and storage keys as pickles, then storages."""
     where = printable(file.path)
@@ -205,20 +210,25 @@ class _Pickles:
     def __init__(self, file: ReadFile, position: int, where: str, end: int | None = None) -> None:
         self._file, self.position, self._where = file, position, where
         self._end = file.size if end is None else end
+        self._start, self._data = position, b""  # what was read, and where it lies
 
     def next(self, persistent: Callable[[Any], Any] = Persistent) -> Any:
         """The value of the next pickle."""
-        window = 1 << 16
+        window = _SMALL
         while True:
-            length = min(window, self._end - self.position)
+            offset = self.position - self._start
             try:
-                value, used = load(self._file.pread(self.position, length), self._where, persistent=persistent)
+                value, used = load(self._data, self._where, offset, persistent)
             except Truncated:
-                if length < window or window >= SIZE_LIMIT:
+                have = len(self._data) - offset
+                if self.position + max(have, 0) >= self._end or have > SIZE_LIMIT:
                     raise
-                window *= 8
+                while window <= have:
+                    window *= 8
+                self._start = self.position
+                self._data = self._file.pread(self._start, min(window, self._end - self._start))
             else:
-                self.position += used
+                self.position = self._start + used
                 return value
 
 

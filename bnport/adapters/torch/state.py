@@ -18,24 +18,28 @@ WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, DistributedDataParallel, A
 
 
 def plain_names(names: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Every name without the wrappers that all of them carry, and notes that say what was left out."""
+    """Every name without the wrappers that all of them carry, and notes that say what was left out.
+
+    Names of tensors, or of modules (a wrapper's own name, "module", becomes ROOT).
+    """
     result = {name: name for name in names}
     notes: list[str] = []
-    counted = [name for name in names if name != "n_averaged"]  # AveragedModel's own counter
     stripped = True
-    while stripped and counted:
+    while stripped:
         stripped = False
+        counted = [name for name in names if name != "n_averaged" and result[name]]  # AveragedModel's own counter
         for wrapper in WRAPPERS:
-            if all(result[name].startswith(wrapper) for name in counted):
+            if counted and all(f"{result[name]}.".startswith(wrapper) for name in counted):
                 for name in counted:
                     result[name] = result[name][len(wrapper) :]
+                counted = [name for name in counted if result[name]]
                 notes.append(f"names are given without the prefix {wrapper!r}")
                 stripped = True
     shorter = {name: result[name].replace("._orig_mod.", ".").removeprefix("_orig_mod.") for name in names}
     if shorter != result and len(set(shorter.values())) == len(names):
         result = shorter
         notes.append("names are given without '_orig_mod.'")
-    return result, notes
+    return {name: short or ROOT for name, short in result.items()}, notes
 
 
 def layers_of_state(
