@@ -150,3 +150,29 @@ def test_kernels_come_in_one_layout_whatever_the_operator():
         got = onnx_files.run(made, x.reshape([1, 4, 1] if rank3 else [1, 4])).ravel()
         a, b = record.affine()
         np.testing.assert_allclose(got, a * y + b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tensor_that_something_else_uses_too_is_not_changed_for_it():
+    """Another node, a function without BatchNorm, and the output of the graph see the old gamma."""
+    record, new = telling_record(), telling_record(seed=3)
+    function = helper.make_function(
+        "own", "Plus", ["a", "g"], ["r"], [helper.make_node("Add", ["a", "g"], ["r"])], [helper.make_opsetid("", 15)]
+    )
+    users = {
+        "node": [norm(y="h"), helper.make_node("Add", ["h", "gamma"], ["y"])],
+        "function": [norm(y="h"), helper.make_node("Plus", ["h", "gamma"], ["y"], domain="own")],
+    }
+    x = record.probes().astype(np.float32)
+    for nodes in users.values():
+        made = graph_model(nodes, tensors(record), functions=[function], domains=["own"])
+        adapter.apply(made, {"bn": Change(new, frozenset({"gamma"}))})
+        expected = record.replace(gamma=new.gamma)
+        assert_same_bits(adapter.read(made)["bn"].record, expected)
+        got, y = onnx_files.run(made, x), expected(x) + record.gamma
+        assert (np.abs(got - y) <= expected.error_bound(x) + 2.0**-23 * np.abs(y)).all()
+    made = graph_model([norm()], tensors(record))
+    made.graph.output.append(info("gamma", FLOAT, 7))
+    adapter.apply(made, {"bn": Change(new, frozenset({"gamma"}))})
+    y, gamma = onnx_files.session(made).run(None, {"x": x})
+    assert gamma.tobytes() == record.gamma.tobytes()
+    assert_within_bound(y, record.replace(gamma=new.gamma), x)

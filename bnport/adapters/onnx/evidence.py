@@ -29,7 +29,8 @@ def kernel_of(scope: Scope, name: str) -> Kernel | None:
         if node is None or node.domain or not node.inputs:
             return None
         if node.op in _FEWEST_DIMENSIONS:
-            return _kernel(scope, node)
+            found = _kernel(scope, node)
+            return found if found is None else found._replace(before=_depthwise_before(scope, node, found))
         if node.op in _BETWEEN:
             name = node.inputs[0]
         elif node.op == "Add" and len(node.inputs) == 2:  # a bias
@@ -40,6 +41,18 @@ def kernel_of(scope: Scope, name: str) -> Kernel | None:
         else:
             return None
     return None
+
+
+def _depthwise_before(scope: Scope, node: Node, kernel: Kernel) -> tuple[int, ...] | None:
+    """The spatial shape of the depthwise kernel that a pointwise convolution takes its input from, if it does."""
+    if node.op != "Conv" or any(n != 1 for n in kernel.shape[2:]):
+        return None
+    scope, name = scope.origin(node.inputs[0])
+    producer = scope.producers.get(name)
+    if producer is None or producer.domain or producer.op != "Conv":
+        return None
+    first = _kernel(scope, producer)
+    return first.shape[2:] if first is not None and first.kind == "depthwise" else None
 
 
 def weight_of(scope: Scope, node: Node) -> tuple[str, Known] | None:

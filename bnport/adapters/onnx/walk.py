@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BATCHNORM = "BatchNormalization"
 AFFINE_MARK = "/batchnorm/"  # TensorFlow's name scope of the operations that make up a BatchNorm, kept by tf2onnx
 DEEPEST = 40  # graphs within graphs, functions within functions
+MOST_SCOPES = 20_000  # calls and subgraphs entered; a function that calls another twice doubles at every level
 _MOST_REACHING = 2_000_000  # names in all of `inputs`; past that the graph is not evidence anybody can use
 
 
@@ -38,6 +39,7 @@ class Walk:
         self.scopes: list[Scope] = []
         self.weighted: list[tuple[Scope, Node]] = []
         self.foreign: list[Node] = []  # nodes of that name in another domain
+        self.entered = _with_batchnorm(model)  # functions; others are passed over
         self._visited = 0
         self._reaching = 0
         self.main = Scope(model, model.graph, opset=model.opset)
@@ -52,15 +54,17 @@ class Walk:
         if depth > DEEPEST:
             raise FormatError(f"{printable(self.model.source)}: graphs or functions nested more than {DEEPEST} deep")
         self.scopes.append(scope)
+        if len(self.scopes) > MOST_SCOPES:
+            raise FormatError(f"{printable(self.model.source)}: more than {MOST_SCOPES} calls and subgraphs to look at")
         for node in scope.graph.nodes:
             self._visited += 1
             if self._visited > MOST_NODES:
                 raise FormatError(f"{printable(self.model.source)}: more than {MOST_NODES} nodes to look at")
             reaching = self._union(_reach(scope, name) for name in node.inputs if name)
-            function = self.model.functions.get((node.domain, node.op, node.overload))
+            key = (node.domain, node.op, node.overload)
             if node.op == BATCHNORM and node.domain == "":
                 reaching = self._add(Found(node, scope, reaching))
-            elif function is not None:
+            elif key in self.entered:
                 self._call(scope, node, reaching, depth)
                 continue
             elif node.domain == "" and node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
@@ -82,12 +86,13 @@ class Walk:
         return frozenset((len(self.found) - 1,))
 
     def _union(self, sets: object) -> frozenset[int]:
+        if not self.graph_known:
+            return frozenset()
         distinct = {id(s): s for s in sets if s}  # type: ignore[attr-defined]
         if len(distinct) < 2:
             return next(iter(distinct.values()), frozenset())
-        union: frozenset[int] = frozenset().union(*distinct.values())
-        self._reaching += len(union)
-        return union if self._reaching <= _MOST_REACHING else frozenset()
+        self._reaching += sum(map(len, distinct.values()))
+        return frozenset().union(*distinct.values()) if self.graph_known else frozenset()
 
     def _subgraph(
         self, scope: Scope, node: Node, label: str, graph: Graph, reaching: frozenset[int], depth: int
@@ -127,6 +132,24 @@ class Walk:
         self._graph(inner, depth + 1)
         for formal, actual in zip(body.outputs, node.outputs, strict=False):
             scope.reach[actual] = _reach(inner, formal) or (frozenset() if formal in inner.producers else reaching)
+
+
+def _with_batchnorm(model: Model) -> set[tuple[str, str, str]]:
+    """The functions that hold a BatchNormalization, or may: themselves, in a subgraph, or in one that they call."""
+    callers: dict[tuple[str, str, str], set[tuple[str, str, str]]] = {}
+    found = set()
+    for key, function in model.functions.items():
+        for node in function.body.nodes:
+            called = (node.domain, node.op, node.overload)
+            if node.op == BATCHNORM or any(True for _ in node.subgraphs()):
+                found.add(key)
+            elif called in model.functions:
+                callers.setdefault(called, set()).add(key)
+    level = set(found)
+    while level:
+        level = {caller for key in level for caller in callers.get(key, ())} - found
+        found |= level
+    return found
 
 
 def _reach(scope: Scope, name: str) -> frozenset[int]:

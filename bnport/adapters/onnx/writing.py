@@ -78,13 +78,13 @@ class _Plan:
         self._edits: list[Edit] = []
 
     def _uses(self) -> dict[tuple[int, str], int]:
-        """How often each initializer is used: (id of its graph, name) -> count. A call is not a use, its body is."""
+        """How often each initializer is used: (id of its graph, name) -> count. Of a call that was followed, its body."""
         uses: dict[tuple[int, str], int] = {}
         for scope in self.walk.scopes:
             names = [
                 name
                 for node in scope.graph.nodes
-                if (node.domain, node.op, node.overload) not in self.model.functions
+                if (node.domain, node.op, node.overload) not in self.walk.entered
                 for name in node.inputs
                 if name
             ]
