@@ -30,12 +30,14 @@ class Kernel(NamedTuple):
     shape:  (out channels, in channels per group, *spatial); depthwise is (channels, 1, *spatial).
     name:   of the layer or tensor in the source.
     values: reads the weights, transposed to `shape`; called only when somebody compares contents. None: not readable.
+    before: spatial shape of the depthwise kernel whose output it takes directly (a separable convolution), if known.
     """
 
     kind: str
     shape: tuple[int, ...]
     name: str
     values: Callable[[], Array] | None = None
+    before: tuple[int, ...] | None = None
 
 
 class Layer:

@@ -99,8 +99,16 @@ class Alignment:
         for at, side in enumerate(sides):
             for channels, key in side:
                 unknown.setdefault(channels, [0, 0])[at] += key is None
+        plain = [[(c, key if unknown[c][0] == unknown[c][1] else "any") for c, key in side] for side in sides]
+        before = [[layer.kernel.before if layer.kernel else None for layer in side.layers] for side in self._sides()]
+        seen: list[dict[Hashable, list[str]]] = [{}, {}]
+        for at, labels in enumerate(plain):
+            for label, extents in zip(labels, before[at], strict=True):
+                seen[at].setdefault(label, []).append(str(extents))
+        alike = {label for label, found in seen[0].items() if sorted(found) == sorted(seen[1].get(label, ()))}
         out: list[list[Hashable]] = [
-            [(c, key) if unknown[c][0] == unknown[c][1] else (c, "any") for c, key in side] for side in sides
+            [(*label, extents if label in alike else None) for label, extents in zip(labels, before[at], strict=True)]
+            for at, labels in enumerate(plain)
         ]
         return out[0], out[1]
 
@@ -273,7 +281,7 @@ def _cuts(low: list[int], high: list[int]) -> set[int]:
 
 def describe(label: Hashable) -> str:
     """A label in words: '64-channel layer fed by a 3x3 kernel of 32 inputs'."""
-    channels, key = cast("tuple[int, tuple[object, ...] | str | None]", label)
+    channels, key, before = cast("tuple[int, tuple[object, ...] | str | None, tuple[int, ...] | None]", label)
     text = f"{channels}-channel layer"
     if key is None or isinstance(key, str):
         return text
@@ -281,6 +289,7 @@ def describe(label: Hashable) -> str:
     if len(shape) < 2:
         return text
     size = "x".join(map(str, shape[2:])) or "1x1"
+    size += f" after depthwise {'x'.join(map(str, before))}" if before else ""
     return f"{text} fed by a {size}{' transposed' if 'transposed' in key else ''} kernel over {shape[1]} inputs"
 
 

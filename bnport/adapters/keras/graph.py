@@ -266,7 +266,15 @@ def kernel_of(node: Node, fetch: Callable[[], Array] | None, stored: tuple[int, 
         result: Array = array.reshape(neutral)
         return result
 
-    return Kernel(kind, neutral, node.path, values if fetch is not None else None)
+    before = _spatial(node, rank) if kind == "separable" else None
+    return Kernel(kind, neutral, node.path, values if fetch is not None else None, before)
+
+
+def _spatial(node: Node, rank: int) -> tuple[int, ...] | None:
+    """The extents of a separable layer's depthwise kernel."""
+    size = node.config.get("kernel_size")
+    size = [size] * rank if isinstance(size, int) else size
+    return tuple(size) if isinstance(size, list) and all(isinstance(n, int) for n in size) else None
 
 
 def _stored_shape(node: Node, kind: str, rank: int) -> tuple[int, ...] | None:

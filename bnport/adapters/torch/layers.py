@@ -154,12 +154,14 @@ def feeding(definitions: Iterable[Definition]) -> dict[str, Kernel]:
             since.append(definition)
             continue
         beside = [d for d in since if definition.parent in (d.parent, d.name)]  # d.name: ConvBn holds its own kernel
+        before = None
         if not beside and _separable(since, definition.parent):
             beside = since[-1:]
+            before = since[0].kernel.shape[2:] if since[0].kernel else None
         if len(beside) == 1 and since[-1] is beside[0] and beside[0].out == definition.out:
             kernel = beside[0].kernel
             if kernel is not None:
-                found[definition.name] = kernel
+                found[definition.name] = kernel._replace(before=before)
         since = []
     return found
 

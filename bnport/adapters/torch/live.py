@@ -127,16 +127,15 @@ def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[L
     plain[""] = ROOT
     norms = dict(_norms(model))
     graph = traced(model, norms) if norms else None
-    kernels: Mapping[str, Kernel] = {}
-    if graph is None or set(norms) - set(graph):
-        kernels = feeding(_definitions(model, plain))
+    kernels = feeding(_definitions(model, plain))
     layers = []
     for name, module in norms.items():
         kernel, inputs = kernels.get(plain[name]), None
         if graph is not None and name in graph:
             fed_by, reached_by = graph[name]
             inputs = tuple(plain[n] for n in reached_by)
-            kernel = module_kernel(model.get_submodule(fed_by), plain[fed_by]) if fed_by else None
+            if kernel is None or kernel.name != plain.get(fed_by):
+                kernel = module_kernel(model.get_submodule(fed_by), plain[fed_by]) if fed_by else None
         layers.append(_layer(plain[name], module, where, inplace_abn, kernel, inputs))
     others = sum(_is_instance_norm(module) for module in model.modules())
     if others:
