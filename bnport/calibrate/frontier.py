@@ -75,7 +75,11 @@ class Frontier:
         self.looking = {
             id(step): Looking(live, step, norms) for step in self.steps if (norms := self._open_in(step, self.open))
         }
-        self.rounds = self.batches = self.samples = 0
+        self._places: dict[int, list[Looking]] = {key: [] for key in self.open}  # where each layer is called, by its id
+        for looking in self.looking.values():
+            for norm in looking.norms:
+                self._places[id(norm)].append(looking)
+        self.rounds = self.batches = 0
         self.expected_rounds = self._count_rounds()
         self._work = self._hint = 0
 
@@ -150,9 +154,8 @@ class Frontier:
         if not any(looking for _, looking in plan):
             raise self._loop()
         run_now = {id(step) for step, looking in plan if looking is None}
-        later = [
-            step for step in self.steps if id(step) not in self.executed | run_now and not self._finished(step, plan)
-        ]
+        gone = self.executed | run_now
+        later = [step for step in self.steps if id(step) not in gone and not self._finished(step, plan)]
         keep = {key for step in later for key in step.inputs}
         made = {key for step, looking in plan if looking is None for key in step.outputs}
         last_use = {key: index for index, (step, _) in enumerate(plan) for key in step.inputs}
@@ -213,9 +216,7 @@ class Frontier:
     def _conclude(self) -> None:
         """Give their statistics to the layers that have been measured at every use."""
         for norm in list(self.open.values()):
-            places = [
-                looking for step in self.steps if (looking := self.looking.get(id(step))) and norm in looking.norms
-            ]
+            places = self._places[id(norm)]
             if any(looking.uses is None for looking in places):
                 continue
             uses = [use for looking in places for use in looking.uses or () if use.norm is norm]
