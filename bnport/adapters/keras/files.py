@@ -13,7 +13,10 @@ from bnport.containers.hdf5 import H5
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from bnport.adapters.keras.weights import Found
+    from bnport.containers.hdf5 import Group, H5Tensor
 
 
 def read(file: ReadFile, absent: str | None, stat: str | None) -> Contents:
@@ -44,13 +47,50 @@ def _sharded(file: ReadFile, absent: str | None) -> Contents:
         raise FormatError(f"{shown}: {file.size} bytes are too many for a list of shards")
     names = shards(config.parse(file.pread(0, file.size), shown), shown)
     folder = os.path.dirname(file.path)
-    entries, notes = [], []
+    opened = []
     for name in names:
         path = os.path.join(folder, name)
         if os.path.islink(path):
             raise FormatError(f"{shown}: the shard {printable(name)} is a symbolic link; bnport does not follow it")
-        h5 = H5(ReadFile(path))
-        found, remarks = scan(Store(lambda h5=h5: h5), shown, absent)  # type: ignore[misc]
-        entries += [_entry(each, shown) for each in found]
-        notes += remarks
-    return Contents(file.path, "shards", entries, holds_epsilon=False, notes=tuple(notes))
+        opened.append(H5(ReadFile(path)))
+    found, notes = scan(_Shards(opened), shown, absent)
+    return Contents(
+        file.path, "shards", [_entry(each, shown) for each in found], holds_epsilon=False, notes=tuple(notes)
+    )
+
+
+class _Shards(Store):
+    """Several weights files as one: a layer's arrays may be spread over them."""
+
+    ordered = False
+
+    def __init__(self, opened: list[H5]) -> None:
+        super().__init__(lambda: opened[0])
+        self._shards = opened
+
+    def walk(self) -> Iterable[tuple[str, Group]]:
+        """Every group of every shard, those of one path as one."""
+        groups: dict[str, list[Group]] = {}
+        for h5 in self._shards:
+            for path, group in h5.walk():
+                groups.setdefault(path.replace("\\", "/"), []).append(group)
+        return ((path, _Spread(path, parts)) for path, parts in groups.items())  # type: ignore[misc]
+
+
+class _Spread:
+    """What weights.scan asks of a group, answered by several."""
+
+    def __init__(self, path: str, parts: list[Group]) -> None:
+        self.path, self._parts = path, parts
+
+    def names(self) -> list[str]:
+        """The names in all parts; an array that is in two of them is there twice, and then too many."""
+        return [name for part in self._parts for name in part.names()]
+
+    def tensors(self) -> list[H5Tensor]:
+        """The datasets in all parts."""
+        return [tensor for part in self._parts for tensor in part.tensors()]
+
+    def attribute(self, name: str) -> str | list[str] | None:
+        """The attribute of the first part that has it."""
+        return next((value for part in self._parts if (value := part.attribute(name)) is not None), None)

@@ -32,6 +32,8 @@ def order(*, scale: bool, center: bool, renorm: bool) -> tuple[str, ...]:
 class Store:
     """The groups of one or several weights files by path. Files written on Windows by Keras <= 2.15 have backslashes."""
 
+    ordered = True  # whether the places of the arrays tell the layers' order
+
     def __init__(self, opened: Callable[[], H5]) -> None:
         self._opened = opened
         self._h5: H5 | None = None
@@ -191,7 +193,7 @@ def scan(store: Store, where: str, absent: str | None, skip: Iterable[str] = ())
         each.name = _name(each.name, names)
     _unique_names(found)
     # Keras writes the layers in the model's order, HDF5 lists them by name: where the arrays lie tells the order
-    if all(each.tensors["mean"].offset is not None for each in found):
+    if store.ordered and all(each.tensors["mean"].offset is not None for each in found):
         found.sort(key=lambda each: each.tensors["mean"].offset or 0)
     notes = []
     if two and not found:
