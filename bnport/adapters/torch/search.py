@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DEPTH = 6  # of dicts in dicts; deeper ones are configurations
 VALUES = 200_000  # looked at in all
 
+_PLAIN = (type(None), bool, int, float, str, bytes, dict, list, tuple)
 _LOSES = ("optimizer", "optimizer_state_dict", "optim", "scheduler", "lr_scheduler")  # never a model
 
 
@@ -68,18 +69,36 @@ def _walk(
     budget[0] -= len(items)
     if budget[0] < 0:
         raise FormatError(f"{reader.where}: too many nested values to look for a model in; name it with --key")
-    if any(isinstance(k, str) and (k == "running_mean" or k.endswith(".running_mean")) for k in items):
-        tensors = {}
-        for name, item in items.items():
-            tensor = reader.tensor(item, str(name)) if isinstance(name, str) else None
-            if tensor is not None:
-                tensors[name] = tensor
-        if any(name == "running_mean" or name.endswith(".running_mean") for name in tensors):
+    if any(isinstance(name, str) and _is_statistic(name) for name in items):
+        tensors = _tensors(items, reader)
+        if any(_is_statistic(name) for name in tensors):
             yield Found(path, value, tensors)
             return
     for key, item in items.items():
         if key not in _LOSES and isinstance(key, str | int):
             yield from _walk(item, f"{path}.{key}" if path else str(key), depth + 1, reader, is_module, seen, budget)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def _tensors(items: dict[Any, Any], reader: Reader) -> dict[str, Tensor]:
+    """The tensors of a state dict. A parameter of a BatchNorm that is there but is no known tensor is refused."""
+    tensors = {}
+    for name, item in items.items():
+        tensor = reader.tensor(item, name) if isinstance(name, str) else None
+        if tensor is not None:
+            tensors[name] = tensor
+    norms = {name.rpartition(".")[0] for name in items if isinstance(name, str) and _is_statistic(name)}
+    for name, item in items.items():
+        if isinstance(name, str) and name not in tensors and name.rpartition(".")[0] in norms:
+            last = name.rpartition(".")[2]
+            if last in ("weight", "bias", "running_mean", "running_var") and type(item) not in _PLAIN:
+                raise FormatError(
+                    f"{reader.where}: {printable(name)!r} is no kind of tensor that is understood ({item!r:.80})"
+                )
+    return tensors
 
 
 def chosen(found: list[Found], key: str | None, where: str) -> tuple[Found | None, list[str]]:
