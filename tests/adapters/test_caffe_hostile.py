@@ -12,10 +12,11 @@ import time
 import h5py
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 
 from bnport import adapters
 from bnport.errors import BnportError, FormatError
-from tests.adapters.caffe_files import batch_norm, field, layer, net, save, save_hdf5, scale, tag, unpacked, varint
+from tests.adapters.caffe_files import T, batch_norm, field, layer, net, save, save_hdf5, scale, tag, unpacked, varint
 from tests.adapters.contract import assert_same_bits, telling_record
 from tests.adapters.test_caffe import chain
 
@@ -311,3 +312,43 @@ def test_a_mutated_hdf5_caffemodel_is_read_or_refused_and_nothing_else(tmp_path)
         except BnportError as error:
             assert str(error).isprintable()
         assert time.process_time() - started < SECONDS
+
+
+def numbers_by_google(stored):
+    """What blob.cpp takes from a BlobProto."""
+    if len(stored.double_data):
+        return np.array(stored.double_data, np.float64)
+    if len(stored.data):
+        return np.array(stored.data, np.float32)
+    return np.frombuffer(stored.raw_data, "<f2")
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", ["bvlc", "nvidia", "legacy"])
+def test_what_is_read_of_a_mutated_caffemodel_is_what_googles_parser_sees_in_it(tmp_path, name):
+    path = str(tmp_path / "mutant.caffemodel")
+    with open(os.path.join(FIXTURES, f"{name}.caffemodel"), "rb") as file:
+        data = file.read()
+    compared = 0
+    for mutant in mutants(data, 11, 1500, PIECES):
+        save(path, mutant)
+        try:
+            layers = caffe.read(path)
+            arrays = {key: one.arrays() for key, one in layers.items()}
+        except BnportError:
+            continue
+        try:
+            theirs = T["NetParameter"].FromString(mutant)
+        except DecodeError:  # damage in a convolution that no BatchNorm needed: it is not read
+            continue
+        stored = {one.name: one.blobs for one in theirs.layer if one.type == "BatchNorm"}
+        for key, found in arrays.items():
+            if key not in stored or len(stored[key]) not in (3, 5):
+                continue
+            blobs = [numbers_by_google(one) for one in stored[key]]
+            with np.errstate(over="ignore", invalid="ignore"):
+                expected = [sums.astype(np.float64) / float(blobs[2][0]) for sums in blobs[:2]]
+            for field_, values in zip(("mean", "variance"), expected, strict=True):
+                np.testing.assert_array_equal(found[field_].astype(np.float64), values)
+                compared += 1
+    assert compared > 500

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LEGACY = {1: 0, 2: 1, 3: 2, 4: 3}  # num, channels, height, width
 _DATA, _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 5, 7, 8, 10, 12
 _RAW_TYPES = {0: "float64", 1: "float32", 2: "float16"}  # NVIDIA/caffe enum Type; 3 to 5 are integers and bool
-MOST_FIELDS = 1 << 21  # walked per file: seconds; an unpacked number is a field each
+MOST_FIELDS = 1 << 20  # walked per file: a second; an unpacked number is a field each
 _MOST_AXES = 32  # kMaxBlobAxes
 
 
