@@ -13,7 +13,7 @@ from bnport.containers.protobuf import FIXED32, LENGTH, VARINT, Buffer, Numbers,
 from bnport.errors import FormatError, InvalidValue, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, KeysView
     from typing import Any
 
     from bnport.containers.protobuf import Span, Value
@@ -236,9 +236,9 @@ class Graph:
             raise self.place.buffer.error(self.place.span[0], f"more than {MOST_NODES} initializers")
 
     @property
-    def names(self) -> set[str]:
+    def names(self) -> KeysView[str]:
         """Of its initializers."""
-        return set(self._initializers)
+        return self._initializers.keys()
 
     def initializer(self, name: str) -> Stored | None:
         """The tensor of that name, if it is an initializer here."""
