@@ -33,7 +33,7 @@ ALLOWED = {
     "plan": {*RECORDS, "layer"},
     "verify": {*RECORDS, "layer", "report", "html"},  # a Report prints itself
     "report": {*RECORDS, "layer", "verify", "html"},
-    "html": {*RECORDS, "layer", "verify", "report"},
+    "html": {*RECORDS, "layer", "verify", "report", "containers"},  # containers: a page is written whole or not at all
     "show": {*RECORDS, "layer"},
     "explain": {*RECORDS, "layer", "verify"},
 }
