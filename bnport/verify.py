@@ -47,6 +47,23 @@ class Check(NamedTuple):
         return self.ratio <= 1
 
 
+class Compared(NamedTuple):
+    """The two records that a layer's checks are about, and the dtype that the checked side stores; for the charts."""
+
+    source: BatchNorm
+    held: BatchNorm
+    dtype: str = "float32"
+
+    def affine(self) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
+        """Per channel, for the slope and for the intercept: the source's, the one held, and error / bound."""
+        starts = np.array([0, self.source.channels])
+        a, b, size = _affine([self.source], starts)
+        new_a, new_b, new_size = _affine([self.held], starts)
+        unit = 4 * UNIT_ROUNDOFF[self.dtype]
+        ratio_a = _ratio(np.abs(new_a - a), unit * np.abs(a))
+        return (a, new_a, ratio_a), (b, new_b, _ratio(np.abs(new_b - b), unit * np.maximum(size, new_size)))
+
+
 class LayerReport(NamedTuple):
     """What happened to one target layer, and what the checks say."""
 
@@ -58,6 +75,7 @@ class LayerReport(NamedTuple):
     written: tuple[str, ...] = ()  # the fields, in order; empty for a mere comparison
     notes: tuple[str, ...] = ()  # what was assumed, changed or absorbed; what is wrong
     evidence: str = ""  # why this source layer belongs to this target layer
+    compared: Compared | None = None
 
     @property
     def ok(self) -> bool:
@@ -140,12 +158,15 @@ def compare(
             reports[target] = LayerReport(target, source, targets[target].channels, INVALID, notes=(str(error),))
             continue
         if ours == theirs:
-            reports[target] = LayerReport(target, source, ours.channels, EXACT, _ALL_EQUAL)
+            reports[target] = LayerReport(
+                target, source, ours.channels, EXACT, _ALL_EQUAL, compared=Compared(ours, theirs, targets[target].dtype)
+            )
         else:
             rounded.append((target, ours, theirs, UNIT_ROUNDOFF[targets[target].dtype]))
-    for (target, ours, _, _), checks in zip(rounded, _affine_checks(rounded), strict=True):
+    for (target, ours, theirs, _), checks in zip(rounded, _affine_checks(rounded), strict=True):
         status = BOUNDED if all(check.ok for check in checks) else DIFFERENT
-        reports[target] = LayerReport(target, pairs[target], ours.channels, status, checks)
+        both = Compared(ours, theirs, targets[target].dtype)
+        reports[target] = LayerReport(target, pairs[target], ours.channels, status, checks, compared=both)
     return {target: reports[target] for target in pairs}
 
 
