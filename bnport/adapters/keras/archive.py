@@ -93,7 +93,7 @@ def _entry(node: config.Node, weights: Weights, shown: str) -> Entry:
     if settings.mode:
         raise FormatError(f"{where}: mode {settings.mode} of Keras 1 normalises by each batch; it is no fixed function")
     return Entry(
-        node.path or node.name, where, _fetcher(node.storage, weights, settings, where),
+        node.path or node.name, where, _fetcher(node.storage, weights, settings, where, shown),
         epsilon=settings.epsilon, momentum=settings.momentum, scale=settings.scale, center=settings.center,
         channels=settings.channels, dtype=settings.dtype, node=node, notes=settings.notes,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def _kernel(node: config.Node, weights: Weights) -> Array:
 
 
 def _fetcher(
-    storage: str, weights: Weights, settings: config.Settings, where: str
+    storage: str, weights: Weights, settings: config.Settings, where: str, shown: str
 ) -> Callable[[], dict[str, H5Tensor]]:
     def fetch() -> dict[str, H5Tensor]:
         from bnport.adapters.keras.weights import arrays, named, order
@@ -136,7 +136,13 @@ def _fetcher(
                 f"{where}: the weights hold nothing at {printable(storage)}; was the model saved unbuilt?"
             )
         fields = order(scale=settings.scale, center=settings.center, renorm=settings.renorm)
-        tensors = named(arrays(group), fields, where)
+        try:
+            tensors = named(arrays(group), fields, where)
+        except FormatError as error:
+            text = str(error)
+            raise FormatError(
+                text if text.startswith(where) else f"{where}: {text.removeprefix(f'{shown}: ')}"
+            ) from None
         if settings.channels not in (None, tensors["mean"].shape[0]):
             raise FormatError(
                 f"{where}: {settings.channels} channels by the config, {tensors['mean'].shape[0]} in the weights"
