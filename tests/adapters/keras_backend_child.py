@@ -1,0 +1,128 @@
+"""Run in a child process by test_keras_backends.py, once for each backend: asserts, then prints what it did."""
+
+# ruff: noqa: E402  (the backend is chosen before Keras is imported)
+
+from __future__ import annotations
+
+import os
+import sys
+
+kind = sys.argv[1]
+os.environ.update(
+    KERAS_BACKEND="tensorflow" if kind == "tf_keras" else kind, TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES=""
+)
+if kind == "tf_keras":
+    import tf_keras as keras
+else:
+    import keras
+
+import numpy as np
+
+import bnport
+from bnport import adapters
+from bnport.layer import Change
+from bnport.record import FIELDS
+from tests.adapters.contract import assert_same_bits, telling_record
+
+L = keras.layers
+X = np.random.default_rng(0).normal(size=(7, 4, 4, 3)).astype("float32")
+
+
+def numpy(tensor):
+    return np.asarray(keras.ops.convert_to_numpy(tensor) if hasattr(keras, "ops") else tensor)
+
+
+def build():
+    inner = keras.Sequential([keras.Input((4, 4, 3)), L.BatchNormalization(name="ibn"), L.ReLU()], name="inner")
+    inputs = keras.Input((4, 4, 3))
+    x = L.BatchNormalization(name="bn", scale=False)(inputs)
+    shared = L.BatchNormalization(name="shared", epsilon=1e-5)
+    x = L.TimeDistributed(L.BatchNormalization(name="tbn"), name="td")(shared(inner(shared(x))))
+    model = keras.Model(inputs, x, name="model")
+    outer_input = keras.Input((4, 4, 3))
+    outer = keras.Model(outer_input, L.Flatten()(model(outer_input)), name="outer")
+    return inner, model, outer
+
+
+def direct(layers, x):
+    """The function by bnport's float64 formula, layer after layer."""
+    record = {name: layer.record for name, layer in layers.items()}
+    y = np.maximum(record["inner/ibn"](record["shared"](record["bn"](x))), 0)
+    return record["td/tbn"](record["shared"](y))
+
+
+def close(a, b):
+    assert np.abs(a - b).max() <= 1e-3 * np.abs(b).max(), np.abs(a - b).max()
+
+
+def main():
+    inner, model, outer = build()
+    for each in (inner, model, outer):
+        each.compile(loss="mse")
+        each.predict(X, verbose=0)
+    target = np.zeros((7, 48), "float32")
+    outer.evaluate(X, target, verbose=0)
+    before = outer.predict(X, verbose=0)
+    layers = bnport.read(model)
+    assert list(layers) == ["bn", "shared", "inner/ibn", "td/tbn"], list(layers)
+    assert layers["shared"].epsilon == 1e-5
+    assert "gamma" not in layers["bn"].stores
+    records = {}
+    for number, name in enumerate(layers):
+        record = telling_record(3, seed=number, epsilon=0.5 + number)
+        records[name] = record.replace(gamma=np.ones(3, "float32")) if name == "bn" else record
+    changes = {n: Change(r, (layers[n].stores & {*FIELDS, "epsilon"})) for n, r in records.items()}
+
+    # one layer cannot be written: none is, and nothing was forgotten
+    wrong = {**changes, "td/tbn": Change(telling_record(4), frozenset(FIELDS))}
+    try:
+        adapters.find(model).apply(model, wrong)
+    except bnport.errors.BnportError:
+        pass
+    else:
+        raise AssertionError("a wrong width was written")
+    assert np.array_equal(outer.predict(X, verbose=0), before)
+
+    adapters.find(model).apply(model, changes)
+    layers = bnport.read(model)
+    for name, layer in layers.items():
+        assert_same_bits(layer.record, records[name])
+    expected = direct(layers, X)
+    for rows in (7, 3, 1):  # a batch size seen before, and new ones that are traced anew
+        x, y = X[:rows], expected[:rows]
+        close(model.predict(x, verbose=0), y)
+        close(outer.predict(x, verbose=0), y.reshape(rows, -1))
+        close(numpy(model(x)), y)
+        close(numpy(outer(x)), y.reshape(rows, -1))
+    close(np.float64(outer.evaluate(X, target, verbose=0)), np.mean(expected**2))
+    x = X[:4]
+    close(inner.predict(x, verbose=0), np.maximum(records["inner/ibn"](x), 0))
+
+    # a single layer of it, through the one obvious call: the models around it follow
+    bnport.set_weights(model, "inner/ibn", epsilon=9.0, beta=[1, 2, 3])
+    close(outer.predict(X, verbose=0), direct(bnport.read(model), X).reshape(7, -1))
+    layer = inner.layers[0] if inner.layers[0].name == "ibn" else inner.layers[1]
+    bnport.set_weights(layer, epsilon=4.0)  # given the layer alone, its models are still found
+    close(outer.predict(X, verbose=0), direct(bnport.read(model), X).reshape(7, -1))
+    close(inner.predict(x, verbose=0), np.maximum(bnport.read(layer)["ibn"].record(x), 0))
+
+    weights = [w.copy() for w in outer.get_weights()]
+    adapter = adapters.find(model)
+    for name, layer in bnport.read(model).items():
+        probes = layer.record.probes().astype("float32")
+        for how, y in adapter.run(model, name, probes).items():
+            assert (np.abs(y - layer.record(probes)) <= layer.record.error_bound(probes)).all(), (name, how)
+    assert all(np.array_equal(a, b) for a, b in zip(weights, outer.get_weights(), strict=True))
+    close(outer.predict(X, verbose=0), direct(bnport.read(model), X).reshape(7, -1))
+    if kind != "tf_keras":
+        assert keras.backend.backend() == kind
+        half = L.BatchNormalization(dtype="bfloat16")
+        half.build((None, 3))
+        record = telling_record(3, dtype="bfloat16", epsilon=half.epsilon)
+        adapters.find(half).apply(half, {half.name: Change(record, frozenset(FIELDS))})
+        assert bnport.read(half)[half.name].dtype == "bfloat16"
+        assert_same_bits(bnport.read(half)[half.name].record, record)
+    print("done", kind)
+
+
+main()
