@@ -169,7 +169,13 @@ def replace_file(
         if isinstance(error, OSError) and not isinstance(error, OutputError):
             raise OutputError(f"{printable(out)}: {error.strerror or error}; nothing was written") from error
         raise
-    _flush(folder)
+    try:
+        _flush(folder)
+    except OSError as error:
+        raise OutputError(
+            f"{printable(out)}: is written, but its folder cannot be flushed to disk ({error.strerror or error}); after a"
+            " power cut the old one may be back"
+        ) from error
 
 
 def _create_beside(folder: str, name: str, mode: int) -> str:

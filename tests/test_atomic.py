@@ -1,0 +1,177 @@
+"""A write that is killed or fails at any step leaves the output old, new or absent, and the inputs as they were."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+
+from bnport import adapters
+from bnport.containers import files
+from bnport.containers.files import TEMPORARY, replace_file
+from bnport.errors import OutputError
+from bnport.layer import Change
+from bnport.record import FIELDS
+from tests.adapters.contract import assert_same_bits, telling_record
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STEPS = ("open", "copy_file_range", "write", "pwrite", "fsync", "replace")  # of the module os, all that a write uses
+NEW = telling_record(3, seed=1, epsilon=0.5)
+
+
+def target(folder, kind):
+    """A small Keras file, by h5py and zipfile."""
+    h5 = str(folder / "target.h5")
+    config = {"name": "bn", "axis": -1, "momentum": 0.99, "epsilon": 0.001, "center": True, "scale": True}
+    layer = {"class_name": "BatchNormalization", "config": config, "build_config": {"input_shape": [None, 3]}}
+    model = {"class_name": "Sequential", "config": {"name": "s", "layers": [layer]}}
+    legacy = kind == ".h5"
+    with h5py.File(h5, "w") as file:
+        names = ["gamma", "beta", "moving_mean", "moving_variance"]
+        for number, name in enumerate(names):
+            path = f"model_weights/bn/bn/{name}" if legacy else f"layers/batch_normalization/vars/{number}"
+            file[path] = np.float32([1, 2, 3]) + number
+        if legacy:
+            file.attrs["model_config"] = json.dumps(model)
+            file["model_weights"].attrs["layer_names"] = [b"bn"]
+            file["model_weights/bn"].attrs["weight_names"] = [f"bn/{name}".encode() for name in names]
+    if kind == ".h5":
+        return h5
+    path = str(folder / f"target{kind}")
+    if kind == ".keras":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("config.json", json.dumps(model))
+            file.write(h5, "model.weights.h5")
+    else:
+        os.rename(h5, path)
+    return path
+
+
+def port(path, out):
+    """What convert does with a file target."""
+    adapter = adapters.load("keras")
+    (layer,) = adapter.read(path).values()
+    changes = {layer.name: Change(NEW.replace(epsilon=NEW.epsilon), layer.stores & {*FIELDS, "epsilon"})}
+    replace_file(out, lambda new: adapter.write(path, changes, new), adapter.read, force=True, inputs=[path])
+
+
+KILLER = """
+import os, signal, sys
+from tests.test_atomic import STEPS, port
+step, path, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+import bnport.adapters.keras.writing, bnport.adapters.keras.archive, bnport.adapters.keras.files, h5py
+count = 0
+def counted(function):
+    def wrapper(*args, **kwargs):
+        global count
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapper
+for name in STEPS:
+    setattr(os, name, counted(getattr(os, name)))
+port(path, out)
+print(count)
+"""
+
+
+def killed(step, path, out):
+    return subprocess.run(
+        [sys.executable, "-c", KILLER, str(step), path, out], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if TEMPORARY in name]
+
+
+@pytest.mark.parametrize("kind", [".keras", ".weights.h5"])
+def test_a_kill_at_any_step_leaves_the_output_old_or_new(tmp_path, kind):
+    path, out = target(tmp_path, kind), str(tmp_path / f"out{kind}")
+    with open(path, "rb") as file:
+        source = file.read()
+    total = int(killed(0, path, out).stdout)
+    assert total >= 6
+    with open(out, "rb") as file:
+        new = file.read()
+    seen = set()
+    for step in range(1, total + 1):
+        with open(out, "wb") as file:
+            file.write(b"the old output")
+        assert killed(step, path, out).returncode == -9
+        with open(out, "rb") as file:
+            found = file.read()
+        assert found in (b"the old output", new), f"step {step}"
+        seen.add(found == new)
+        with open(path, "rb") as file:
+            assert file.read() == source
+        for name in leftovers(tmp_path):
+            os.unlink(tmp_path / name)
+    assert False in seen
+
+
+@pytest.mark.parametrize("kind", [".keras", ".weights.h5", ".h5"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EXDEV, errno.EDQUOT])
+def test_an_error_at_any_step_leaves_the_output_old_and_no_temporary_file(tmp_path, kind, code, monkeypatch):
+    path, out = target(tmp_path, kind), str(tmp_path / f"out{kind}")
+    with open(path, "rb") as file:
+        source = file.read()
+    for name in STEPS:
+        real = getattr(os, name)
+        for nth in range(1, 40):
+            with open(out, "wb") as file:
+                file.write(b"the old output")
+            calls = 0
+
+            def failing(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == nth:  # noqa: B023
+                    raise OSError(code, os.strerror(code))
+                return real(*args, **kwargs)  # noqa: B023
+
+            monkeypatch.setattr(os, name, failing)
+            try:
+                port(path, out)
+                raised = None
+            except (OutputError, ValueError) as error:
+                raised = error
+            finally:
+                monkeypatch.setattr(os, name, real)
+            if calls < nth:
+                break  # every call of this function has failed once
+            with open(out, "rb") as file:
+                found = file.read()
+            assert not leftovers(tmp_path), (name, nth)
+            if raised is None:
+                # copy_file_range may fail (another file system) and is then done without; the last fsync is of the folder
+                (layer,) = adapters.read(out).values()
+                assert_same_bits(layer.record, NEW.replace(epsilon=layer.epsilon))
+                assert name in ("copy_file_range", "open")
+            elif "is written, but" in str(raised):  # the folder's flush, the last step
+                (layer,) = adapters.read(out).values()
+                assert_same_bits(layer.record, NEW.replace(epsilon=layer.epsilon))
+            else:
+                assert found == b"the old output", (name, nth)
+            assert "\n" not in str(raised)
+            with open(path, "rb") as file:
+                assert file.read() == source
+
+
+def test_a_check_that_fails_leaves_nothing(tmp_path):
+    path, out = target(tmp_path, ".keras"), str(tmp_path / "out.keras")
+
+    def check(_):
+        raise OutputError("what was written reads back differently")
+
+    with pytest.raises(OutputError):
+        replace_file(out, lambda new: files.copy_contents(path, os.open(new, os.O_WRONLY)), check)
+    assert sorted(os.listdir(tmp_path)) == ["target.h5", "target.keras"]
