@@ -13,6 +13,7 @@ from bnport.adapters.caffe.values import Choices, Held, listed_tensors, load, na
 from bnport.adapters.caffe.wiring import Wiring
 from bnport.errors import FormatError, InvalidValue, Question, listed, printable
 from bnport.layer import Layer
+from bnport.rounding import meant_epsilon
 
 if TYPE_CHECKING:
     from bnport.adapters.caffe.blob import Blob
@@ -34,6 +35,7 @@ def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], l
     wiring = Wiring(net)
     ends: dict[int, str | None] = {}
     parts: list[tuple[int, tuple[int, ...], str, bool]] = []
+    used: set[int] = set()
     for index, node in enumerate(net.nodes):
         if node.type not in ("BatchNorm", "BN"):
             continue
@@ -43,6 +45,7 @@ def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], l
         tails: list[tuple[int, ...]] = [()] if own else wiring.tails(index)
         ends[index] = node.name if len(tails) == 1 else None
         for tail in tails:
+            used.update(tail)
             name = node.name
             if len(tails) > 1:
                 name = "+".join([node.name, *(net.nodes[i].name for i in tail)])
@@ -58,14 +61,13 @@ def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], l
     found = []
     for index, tail, name, shared in parts:
         held = _held(net, wiring, index, tail, name, choices)
-        notes = (
-            [f"the output of {net.nodes[index].name!r} is read in several ways; this is one of them"] if shared else []
-        )
+        shown = printable(net.nodes[index].name, 80)
+        notes = [f"the output of {shown!r} is read in several ways; this is one of them"] if shared else []
         layer = _layer(net, held, choices, notes)
         layer.kernel = wiring.kernel(index)
         layer.inputs = None if inputs is None else inputs[index]
         found.append((held, layer))
-    return found, _notes(net, len(found))
+    return found, _notes(net, used, len(found))
 
 
 def _refuse_unconnected(net: Net) -> None:
@@ -210,7 +212,7 @@ def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
     elif node.type == "BN" and choices.stat is None:
         notes.append("variance assumed: BN files of Dec 2015 to Apr 2016 hold 1/std in its place (--stat inverse-std)")
     if held.form != "affine":
-        momentum = FRACTION.get(node.type, 0.999) if momentum is None else momentum
+        momentum = FRACTION.get(node.type, 0.999) if momentum is None else meant_epsilon(float(momentum))
         if not 0 <= float(momentum) <= 1:
             raise net.error(node, f"{given[node.type]} is {momentum}; a fraction was expected")
         if (node.type == "BN" or len(fields) == 5) and 0 < float(epsilon) < CUDNN_EPSILON and not held.tail:
@@ -241,8 +243,11 @@ def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
 # ---- the whole
 
 
-def _notes(net: Net, found: int) -> list[str]:
+def _notes(net: Net, used: set[int], found: int) -> list[str]:
     notes = []
+    own = [n.name for i, n in enumerate(net.nodes) if n.type == "Scale" and len(n.bottoms) == 1 and i not in used]
+    if own and found:
+        notes.append(f"Scale layers that belong to no BatchNorm, left out: {listed(own, 5)}")
     if net.described:
         known = {node.name for node in net.nodes}
         ignored = [n.name for n in net.held if n.name not in known and (n.type in ("BatchNorm", "BN"))]
@@ -263,8 +268,7 @@ def _notes(net: Net, found: int) -> list[str]:
             " If a fork put BN there, give its prototxt"
         )
     else:
-        scales = sum(node.type == "Scale" and len(node.bottoms) == 1 for node in net.nodes)
-        merged = "; the Scale layers may be BatchNorm merged by a tool, whose statistics are gone" if scales else ""
+        merged = "; the Scale layers may be BatchNorm merged by a tool, whose statistics are gone" if own else ""
         notes.append(f"no BatchNorm or BN layer; it holds {holds}{merged}")
     return notes
 

@@ -72,6 +72,8 @@ def _factor(path: str, held: Held, choices: Choices) -> float:
     """The scale factor, if there are statistics to divide by it."""
     tensor = held.fields["factor"].tensor
     (factor,) = struct.unpack(f"<{_CODES.get(tensor.dtype, 'e')}", tensor.read())
+    if next(iter(held.fields)) == "gamma" and factor != 1:
+        raise InvalidValue(f"fifth blob {factor!r} in {printable(path)}; legacy DIGITS files hold 1 there")
     if not math.isfinite(factor) or factor < 0:
         raise InvalidValue(f"scale factor {factor!r} in {printable(path)}; a finite number above 0 was expected")
     if factor == 0 and not choices.allow_untrained:
