@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+PATIENCE = 20.0  # seconds that a restarted Dask worker is waited for before its shards go to others
+
+
 class Pinned(Protocol):
     """What `open_workers` returns."""
 
@@ -101,10 +104,11 @@ class _Local:
 
 
 class _Dask:
-    """Tasks pinned to a worker by its address; Dask may move them when the worker is gone."""
+    """Tasks bound to a worker by its address. Dask itself would move them: to balance the load, or never, if it is gone."""
 
     def __init__(self, workers: int | None, address: Any, retries: int) -> None:
         self.client, self.owned = dask_client(workers, address, retries)
+        self.retries = retries
         self.homes = self._alive()
         self.count = max(1, len(self.homes))
 
@@ -114,24 +118,51 @@ class _Dask:
     def map(self, function: Callable[[Any], Any], blocks: Sequence[Any]) -> list[Any]:
         import distributed
 
-        alive = self._alive()
-        spare = [home for home in alive if home not in self.homes]
-        for i, home in enumerate(self.homes):
-            if home not in alive and alive:  # a restarted worker has a new address
-                self.homes[i] = spare.pop() if spare else alive[i % len(alive)]
-        futures = [
-            self.client.submit(
-                function, block, pure=False, workers=[self.homes[i % self.count]], allow_other_workers=True
-            )
-            for i, block in enumerate(blocks)
-        ]
+        def submit(i: int) -> Any:
+            return self.client.submit(function, blocks[i], pure=False, workers=[self.homes[i % self.count]])
+
+        self._rehome(patience=0)
+        futures = [submit(i) for i in range(len(blocks))]
+        moves = 0
         try:
+            while True:
+                try:
+                    with self.client.as_current():
+                        distributed.wait(futures, timeout=2)
+                    break
+                except TimeoutError:
+                    moved = self._rehome(PATIENCE)
+                moves += bool(moved)
+                if moves > self.retries:
+                    raise WorkerLost(f"Dask lost workers {moves} times during one round; is there enough memory?")
+                for i, future in enumerate(futures):
+                    if i % self.count in moved and not future.done():
+                        future.cancel()
+                        futures[i] = submit(i)
             found: list[Any] = self.client.gather(futures)
         except distributed.KilledWorker as error:
             raise WorkerLost(f"Dask lost the worker of a shard again and again: {printable(error)}") from None
         finally:
             self.client.cancel(futures)
         return found
+
+    def _rehome(self, patience: float) -> set[int]:
+        """Give the places of workers that are gone to new ones, or after `patience` seconds to others; which places."""
+        import time
+
+        deadline = time.monotonic() + patience
+        while True:
+            alive = self._alive()
+            gone = [place for place, home in enumerate(self.homes) if home not in alive]
+            spare = [home for home in alive if home not in self.homes]  # a restarted worker has a new address
+            if len(spare) >= len(gone) or (time.monotonic() >= deadline and alive):
+                break
+            if time.monotonic() >= deadline + PATIENCE:
+                raise WorkerLost("Dask has no workers left")
+            time.sleep(0.2)
+        for place in gone:
+            self.homes[place] = spare.pop() if spare else alive[place % len(alive)]
+        return set(gone)
 
     def close(self) -> None:
         if self.owned:

@@ -237,6 +237,7 @@ class _Run:
         import tempfile
 
         from bnport.calibrate import pinned, shards
+        from bnport.calibrate.file import check_config
 
         if not (isinstance(data, str | os.PathLike) or callable(data)) or self.batches.length is None:
             raise InvalidValue(
@@ -248,6 +249,12 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix="bnport-", dir=self.spill) as folder:
             path = os.path.join(folder, "model.keras")
             self.live.model.save(path)
+            try:
+                check_config(path)
+            except FormatError as error:
+                raise InvalidValue(
+                    f"workers of an engine load the model from a file; they refuse this one: {error}"
+                ) from None
             names = tuple(norm.name for norm in self.selected)
             plan = shards.Plan(
                 os.path.basename(folder), path, self.live.backend, data, settings, self.method, names, self.unbiased,

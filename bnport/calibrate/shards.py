@@ -110,12 +110,12 @@ def _forget(_: object = None) -> None:
 def _opened(plan: Plan) -> LiveModel:
     import sys
 
-    from bnport.calibrate.file import load
+    from bnport.calibrate.file import check_config, load
     from bnport.calibrate.models import LiveModel
 
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = plan.backend
-    live = LiveModel(load(plan.model))
+    live = LiveModel(load(plan.model, check_config(plan.model)))
     if live.backend != plan.backend:
         raise InvalidValue(
             f"a worker runs Keras on {live.backend}, the model is on {plan.backend}; set KERAS_BACKEND there"

@@ -58,3 +58,20 @@ def shard_whose_worker_dies(task):
         else:
             os.kill(os.getpid(), signal.SIGKILL)
     return shards.work(task)
+
+
+_calls = []
+
+
+def counted(block):
+    """(process, how often it was called), and the process ends if told so and the canary is new."""
+    number, canary = block
+    if canary is not None and number == 1:
+        try:
+            os.close(os.open(canary, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    _calls.append(number)
+    return os.getpid(), _calls.count(number)
