@@ -31,15 +31,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from bnport.adapters.onnx import folded, layers, model, walk
-from bnport.containers.files import ReadFile
-from bnport.containers.protobuf import Buffer
 from bnport.errors import BnportError, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from bnport.adapters.onnx.model import Model
     from bnport.layer import Change
     from bnport.record import Array
 
@@ -53,8 +51,12 @@ def recognise(head: bytes, path: str) -> bool:
         return False
     if head[0] == 0x08 and os.path.splitext(path)[1].lower() in SUFFIXES:
         return True  # also if damaged: then reading says what is wrong
+    from bnport.adapters.onnx.model import looks_like_model
+    from bnport.containers.files import ReadFile
+    from bnport.containers.protobuf import Buffer
+
     try:
-        return model.looks_like_model(Buffer(ReadFile(path)))
+        return looks_like_model(Buffer(ReadFile(path)))
     except BnportError:
         return False
 
@@ -65,6 +67,8 @@ def read(source: Any, *, folder: str | None = None) -> Layers:
     folder: where the external data of a live ModelProto lies. Raises FormatError for damage, for parameters that are
     not there in full, and for external data outside the model's folder.
     """
+    from bnport.adapters.onnx import folded, layers, walk
+
     opened = _open(source, folder)
     found = walk.Walk(opened)
     names = layers.names(found.found)
@@ -82,7 +86,9 @@ def read(source: Any, *, folder: str | None = None) -> Layers:
     return Layers(listed, source=opened.source, format="onnx", notes=notes)
 
 
-def _open(source: Any, folder: str | None = None) -> model.Model:
+def _open(source: Any, folder: str | None = None) -> Model:
+    from bnport.adapters.onnx import model
+
     return model.of_file(source) if isinstance(source, str) else model.of_live(source, folder)
 
 
