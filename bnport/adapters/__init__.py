@@ -94,13 +94,30 @@ def find(source: Any) -> Adapter:
 def _of_file(path: str) -> Adapter:
     head = read_head(path)
     suffix = os.path.splitext(path)[1].lower()
-    adapters = sorted((load(name) for name in names()), key=lambda a: suffix not in a.SUFFIXES)
-    for adapter in adapters:
-        if adapter.recognise(head, path):
+    others = []
+    for name in sorted(names(), key=lambda name: not _mentions(name, suffix)):
+        adapter = load(name)
+        if suffix in adapter.SUFFIXES and adapter.recognise(head, path):
             return adapter
-    known = sorted({s for a in adapters for s in a.SUFFIXES})
+        others.append(adapter)
+    for adapter in others:
+        if suffix not in adapter.SUFFIXES and adapter.recognise(head, path):
+            return adapter
+    known = sorted({s for a in others for s in a.SUFFIXES})
     what = "an empty file" if not head else f"its first bytes are {head[:8]!r}"
     raise FormatError(f"{printable(path)}: not a model file that bnport reads ({what}); it reads {', '.join(known)}")
+
+
+def _mentions(name: str, suffix: str) -> bool:
+    """Whether an adapter's source names a suffix: those are loaded first, so that the others often need not be."""
+    folder = os.path.dirname(__file__)
+    for path in (os.path.join(folder, name, "__init__.py"), os.path.join(folder, f"{name}.py")):
+        try:
+            with open(path, encoding="utf-8") as file:
+                return f'"{suffix}"' in file.read()
+        except OSError:
+            continue
+    return True
 
 
 def read_head(path: str) -> bytes:
