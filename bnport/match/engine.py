@@ -52,14 +52,12 @@ class Group(NamedTuple):
 def kernel_key(kernel: Kernel | None) -> tuple[object, ...] | None:
     """What two kernels that feed the same layer share in every framework; None if nothing is known.
 
-    Only the shape, without trailing ones (a dense layer is a 1x1 convolution), and whether it is transposed: files
+    Only the shape (a dense layer is a 1x1 convolution), and whether it is transposed: files
     without a graph do not tell grouped, depthwise and ordinary kernels apart.
     """
     if kernel is None:
         return None
-    shape = list(kernel.shape)
-    while len(shape) > 2 and shape[-1] == 1:
-        shape.pop()
+    shape = kernel.shape[:2] if all(n == 1 for n in kernel.shape[2:]) else kernel.shape
     return (*shape, "transposed") if kernel.kind == "transposed" else tuple(shape)
 
 
@@ -121,18 +119,15 @@ class Alignment:
         while progress:
             progress = self._settle()
             if not progress:
-                progress = any(ties.break_ties(self, group) for group in self.groups() if self._even(group))
+                progress = any(ties.break_ties(self, part) for part in self.parts())
                 if progress:
                     self._withdraw_contradicted()
 
     def _settle(self) -> bool:
         before = len(self.pairs)
-        for group in self.groups():
-            if not self._even(group):
-                continue
-            for part in self._by_rank(group):
-                if len(part.sources) == 1:
-                    self.decide(part.sources[0], part.targets[0], part.how)
+        for part in self.parts():
+            if len(part.sources) == 1:
+                self.decide(part.sources[0], part.targets[0], part.how)
         return len(self.pairs) > before
 
     @staticmethod
@@ -157,6 +152,10 @@ class Alignment:
             else:
                 out += whole
         return sorted(out, key=lambda g: g.targets[:1] or [len(self.target.names)])
+
+    def parts(self) -> list[Group]:
+        """The groups with as many sources as targets, cut further by what orders their members."""
+        return [part for group in self.groups() if self._even(group) for part in self._by_rank(group)]
 
     def _never_more(self, label: Hashable) -> bool:
         return self.labels[0].count(label) == self.labels[1].count(label) == 1
@@ -307,9 +306,8 @@ def align(source: Side, target: Side, forced: Mapping[str, tuple[str, str]], fir
         kept |= {t: v for t, v in given.items() if t not in kept and v[0] not in taken}
         state = Alignment(source, target, kept)
         state.run()
-    for group in state.groups():
-        for part in state._by_rank(group) if state._even(group) else ():
-            ties.same_numbers(state, part)
+    for part in state.parts():
+        ties.same_numbers(state, part)
     return state
 
 

@@ -33,8 +33,8 @@ _SYNONYMS = {
         "left": "left",
         "right": "right",
         "reduce": "reduce reduction",
-        "transition": "transition transition trans",
-        "pointwise": "pointwise pw",
+        "transition": "transition trans",
+        "pointwise": "pointwise pw sepconv separable sep",
     }.items()
     for word in words.split()
 }
@@ -119,6 +119,21 @@ def keys(group: Sequence[Sequence[Token]]) -> list[tuple[Token, ...]]:
     while all(len(n) > shared for n in group) and len({n[shared] for n in group}) == 1:
         shared += 1
     return [tuple((k, "") if i < shared and k else (k, v) for i, (k, v) in enumerate(n)) for n in group]
+
+
+def shape(name_tokens: Sequence[Token]) -> tuple[str, ...]:
+    """Where a name has words, where numbers and where letters that count."""
+    return tuple(kind for kind, _ in name_tokens)
+
+
+def common(first: Sequence[Token], second: Sequence[Token]) -> int:
+    """How many tokens two names share from the beginning."""
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
 
 
 def fits(name: Sequence[Token], key: Sequence[Token]) -> bool:

@@ -22,7 +22,9 @@ def break_ties(state: Alignment, group: Group) -> bool:
         reason: proposal
         for reason, proposal in (
             ("names correspond as elsewhere", learnt(state, group)),
+            ("numbers in names correspond as elsewhere", numbers(state, group)),
             ("names share a word", shared_words(state, group)),
+            ("beside its neighbour", siblings(state, group)),
             ("joined in the same order", operand_order(state, group)),
             ("defined in the same order as all others", trusted_order(state, group, numbered=False)),
             ("numbered in the order of definition, as all others", trusted_order(state, group, numbered=True)),
@@ -71,14 +73,91 @@ def learnt(state: Alignment, group: Group) -> Proposal | None:
 def shared_words(state: Alignment, group: Group) -> Proposal | None:
     """Words of the same meaning that exactly one candidate has on either side."""
     proposal: Proposal = {}
-    s_words = {s: names.words(state.source.tokens[s]) for s in group.sources}
-    t_words = {t: names.words(state.target.tokens[t]) for t in group.targets}
+    s_words = {s: _words(state.source, s) for s in group.sources}
+    t_words = {t: _words(state.target, t) for t in group.targets}
     for word in frozenset().union(*s_words.values()):
         s_with = [s for s, w in s_words.items() if word in w]
         t_with = [t for t, w in t_words.items() if word in w]
         if len(s_with) == len(t_with) == 1 and proposal.setdefault(s_with[0], t_with[0]) != t_with[0]:
             return None
     return _completed(proposal, group)
+
+
+def siblings(state: Alignment, group: Group) -> Proposal | None:
+    """A candidate that shares an unbranched path with a decided layer is named most like that layer's source.
+
+    Of `branch0`, `branch1.0` and `branch2.0`, `branch1.0` belongs to the target that leads to that of `branch1.1`. Only
+    for a source without a graph: names then are all that says which of its layers form one branch.
+    """
+    graph = state.target.graph
+    if graph is None or state.source.graph is not None:
+        return None
+    before, after = graph.reach()
+    if any((before[a] | after[a]) >> b & 1 for a, b in itertools.combinations(group.targets, 2)):
+        return None  # in different blocks: the neighbour of one is named like another
+    proposal: Proposal = {}
+    for t in group.targets:
+        alone = [n for n in graph.outputs[t] if len(graph.outputs[t]) == len(graph.inputs[n]) == 1]
+        alone += [n for n in graph.inputs[t] if len(graph.inputs[t]) == len(graph.outputs[n]) == 1]
+        votes = {_nearest(state, group, state.back[n]) for n in alone if n in state.back} - {None}
+        if len(votes) > 1:
+            return None
+        if votes:
+            s = votes.pop()
+            assert s is not None
+            if s in proposal:
+                return None
+            proposal[s] = t
+    return _completed(proposal, group)
+
+
+def _nearest(state: Alignment, group: Group, other: int) -> int | None:
+    """The source whose name has the longest beginning in common with that of `other`; None if several have."""
+    names_of = state.source.tokens
+    shared = sorted((names.common(names_of[s], names_of[other]), s) for s in group.sources)
+    return shared[-1][1] if shared[-1][0] > shared[-2][0] else None
+
+
+def _words(side: Side, node: int) -> frozenset[str]:
+    """The words in the names of a layer and of the kernel that feeds it."""
+    kernel = side.layers[node].kernel
+    return names.words((*side.tokens[node], *(names.tokens(kernel.name) if kernel else ())))
+
+
+def numbers(state: Alignment, group: Group) -> Proposal | None:
+    """A number in the source names that is, but for a constant, a number in the target names, wherever it is seen.
+
+    Of names whose words and numbers stand in the same places, whatever the words: `cell_4.comb_iter_0_left.bn_sep_1`
+    and `separable_conv_1_bn_normal_left1_4` say left0 = left1, and so right1 = right2.
+    """
+    source, target = state.source.tokens, state.target.tokens
+    s_shape, t_shape = names.shape(source[group.sources[0]]), names.shape(target[group.targets[0]])
+    if any(names.shape(source[s]) != s_shape for s in group.sources):
+        return None
+    if any(names.shape(target[t]) != t_shape for t in group.targets):
+        return None
+    known = [
+        (source[s], target[t])
+        for s, t in state.solid()
+        if names.shape(source[s]) == s_shape and names.shape(target[t]) == t_shape
+    ]
+    proposals: list[Proposal] = []
+    for i, kind_s in enumerate(s_shape):
+        own = {source[s][i][1]: s for s in group.sources}
+        if not kind_s or len(own) < len(group.sources):
+            continue
+        for j, kind_t in enumerate(t_shape):
+            theirs = {target[t][j][1]: t for t in group.targets}
+            if not kind_t or len(theirs) < len(group.targets):
+                continue
+            seen = {(int(s[i][1]), int(t[j][1])) for s, t in known}
+            offsets = {b - a for a, b in seen}
+            if len(offsets) != 1 or len(seen) < 2:
+                continue
+            offset = offsets.pop()
+            if all(int(a) + offset in theirs for a in own):
+                proposals.append({s: theirs[int(a) + offset] for a, s in own.items()})
+    return proposals[0] if proposals and all(p == proposals[0] for p in proposals) else None
 
 
 def operand_order(state: Alignment, group: Group) -> Proposal | None:
@@ -107,24 +186,35 @@ def operand_order(state: Alignment, group: Group) -> Proposal | None:
 
 
 def trusted_order(state: Alignment, group: Group, *, numbered: bool) -> Proposal | None:
-    """The order of definition on both sides, or the target's automatic numbers, if no decided pair contradicts it.
+    """The order of definition on both sides, or the target's automatic numbers, if every decided pair keeps it.
 
-    With a graph the order must have been seen to hold between layers that no path orders.
+    It must have been seen to hold right there too: between any two candidates lies, in both orders, a decided pair, and
+    not because one path of the graph runs through all three. Elsewhere an order may hold because nothing could break it.
     """
     rank: list[int | None] = list(state.target.numbering) if numbered else list(range(len(state.target.names)))
-    if any(rank[t] is None for t in group.targets):
+    if any(rank[t] is None for t in group.targets) or not mostly_decided(state):
         return None
-    known = [t for _, t in state.solid() if rank[t] is not None]
-    if any((rank[a] or 0) >= (rank[b] or 0) for a, b in itertools.pairwise(known)):
+    known = [(s, t) for s, t in state.solid() if rank[t] is not None]
+    if any((rank[a] or 0) >= (rank[b] or 0) for (_, a), (_, b) in itertools.pairwise(known)):
         return None
-    seen = len(known) - 1
-    if state.target.graph is not None:
-        _, after = state.target.graph.reach()
-        seen = sum(not after[a] >> b & 1 for a, b in itertools.pairwise(known))
-    if seen < SEEN:
-        return None
-    by_rank = sorted(group.targets, key=lambda t: rank[t] or 0)
-    return dict(zip(sorted(group.sources), by_rank, strict=True))
+    sources, targets = sorted(group.sources), sorted(group.targets, key=lambda t: rank[t] or 0)
+    before, after = state.target.graph.reach() if state.target.graph is not None else ([], [])
+    for (s1, s2), (t1, t2) in zip(itertools.pairwise(sources), itertools.pairwise(targets), strict=True):
+        between = (
+            t
+            for s, t in known
+            if s1 < s < s2
+            and (rank[t1] or 0) < (rank[t] or 0) < (rank[t2] or 0)
+            and not (before and (before[t] | after[t]) >> t1 & (before[t] | after[t]) >> t2 & 1)
+        )
+        if next(between, None) is None:
+            return None
+    return dict(zip(sources, targets, strict=True))
+
+
+def mostly_decided(state: Alignment) -> bool:
+    """Whether at least half of the layers needed no tie-break: fewer would not say much about an order."""
+    return len(state.pairs) - len(state.soft) >= max(SEEN, min(len(state.source.names), len(state.target.names)) // 2)
 
 
 def defined_as_executed(state: Alignment, side: Side) -> bool:
@@ -132,6 +222,8 @@ def defined_as_executed(state: Alignment, side: Side) -> bool:
     here = state.back if side is state.source else state.pairs
     graph = state.target.graph if side is state.source else state.source.graph
     assert graph is not None
+    if not mostly_decided(state):
+        return False
     seen = 0
     for node, before in enumerate(graph.inputs):
         for b in before:
