@@ -730,10 +730,21 @@ def test_run_uses_the_layers_own_bytes_from_hdf5_and_nvidia_files_too(files, tmp
     assert_within_bound(caffe.run(path, "bn", x)["cv2.dnn"], record.replace(epsilon=1e-5), x)
 
 
+def test_many_layers_run_in_one_process_and_each_gets_its_own_input_and_epsilon(files):
+    a, b = one(), one(seed=1, epsilon=7e-3)
+    first, second = batch_norm("a", a, "data", "x"), batch_norm("b", b, "x", "y")
+    second.ClearField("batch_norm_param")
+    files.save(net(first, scale("as", a, "x", "x"), second, scale("bs", b, "y", "p"), scale("bt", a, "y", "q")))
+    inputs = {"a": probes(a), "b+bs": probes(b)}
+    outputs = caffe.run_all(files.model, inputs, epsilon=7e-3)
+    assert_within_bound(outputs["a"]["cv2.dnn"], a, inputs["a"])
+    assert_within_bound(outputs["b+bs"]["cv2.dnn"], b, inputs["b+bs"])
+
+
 def test_run_says_what_no_engine_can_run_and_refuses_wrong_input(files):
     record = one()
     files.save(net(bn_layer(record)))
-    with pytest.raises(MissingDependency, match="type BN"):
+    with pytest.raises(NotFound, match="type BN"):
         caffe.run(files.model, "bn", probes(record))
     files.save(net(batch_norm("bn", record, "data", "bn")))
     with pytest.raises(InvalidValue, match=r"\(N, 7\)"):
@@ -867,5 +878,3 @@ def test_options_that_do_not_exist_or_mean_nothing_are_refused(files):
     for options in ({"stat": "std"}, {"blob_order": "x"}, {"allow_untrained": "maybe"}):
         with pytest.raises(InvalidValue, match=next(iter(options))):
             files.read(**options)
-    with pytest.raises(InvalidValue, match="no option colour"):
-        caffe.run(files.model, "bn", np.ones((1, 7)), colour="red")

@@ -38,7 +38,6 @@ from bnport.layer import Layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
     from bnport.adapters.caffe.net import Net
     from bnport.adapters.caffe.values import Choices
@@ -82,18 +81,66 @@ def read(
     return Layers((layer for _, layer in found), source=source, format="caffe", notes=notes)
 
 
-def write(target: str, changes: Mapping[str, Change], out: str, **options: Any) -> None:
-    """Make, at `out`, a copy of a caffemodel with the changes; all other bytes are the target's. Options as for read."""
+def write(
+    target: str,
+    changes: Mapping[str, Change],
+    out: str,
+    *,
+    prototxt: str | None = None,
+    stat: str | None = None,
+    blob_order: str | None = None,
+    allow_untrained: bool | str | None = None,
+) -> None:
+    """Make, at `out`, a copy of a caffemodel with the changes; all other bytes are the target's. Options as for read.
+
+    Raises NotFound for an unknown layer, Unrepresentable for what the layer cannot hold as it is; nothing is written then.
+    """
     from bnport.adapters.caffe.patch import patched
 
-    patched(opened(target, options.pop("prototxt", None)), _options(options), changes, out)
+    patched(opened(target, prototxt), choices(stat, blob_order, allow_untrained), changes, out)
 
 
-def run(source: str, layer: str, x: Array, **options: Any) -> dict[str, Array]:
-    """x (N, C) through one layer by OpenCV 4's Caffe importer (cv2.dnn), in a process of its own. Options as for read."""
+def run(
+    source: str,
+    layer: str,
+    x: Array,
+    *,
+    prototxt: str | None = None,
+    stat: str | None = None,
+    blob_order: str | None = None,
+    allow_untrained: bool | str | None = None,
+    epsilon: float | None = None,
+) -> dict[str, Array]:
+    """x (N, C) through one layer by OpenCV 4's Caffe importer (cv2.dnn), in a process of its own.
+
+    Options as for read; `epsilon` is that of layers for which the source holds none.
+    """
+    inputs = {layer: x}
+    return run_all(
+        source,
+        inputs,
+        prototxt=prototxt,
+        stat=stat,
+        blob_order=blob_order,
+        allow_untrained=allow_untrained,
+        epsilon=epsilon,
+    )[layer]
+
+
+def run_all(
+    source: str,
+    inputs: Mapping[str, Array],
+    *,
+    prototxt: str | None = None,
+    stat: str | None = None,
+    blob_order: str | None = None,
+    allow_untrained: bool | str | None = None,
+    epsilon: float | None = None,
+) -> dict[str, dict[str, Array]]:
+    """The same for many layers in one process: name -> x, to name -> outputs."""
     from bnport.adapters.caffe.engine import forward
 
-    return forward(opened(source, options.pop("prototxt", None)), _options(options), layer, x)
+    return forward(opened(source, prototxt), choices(stat, blob_order, allow_untrained), inputs, epsilon)
 
 
 def opened(source: str, prototxt: str | None) -> Net:
@@ -121,16 +168,6 @@ def choices(stat: str | None, blob_order: str | None, allow_untrained: bool | st
             raise InvalidValue(f"allow_untrained: expected true or false, got {printable(allow_untrained, 40)!r}")
         allow_untrained = words[allow_untrained.lower()]
     return Choices(stat, blob_order, bool(allow_untrained))
-
-
-def _options(options: dict[str, Any]) -> Choices:
-    known = ("stat", "blob_order", "allow_untrained")
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise InvalidValue(
-            f"the caffe format has no option {', '.join(unknown)}; it takes prototxt, {', '.join(known)}"
-        )
-    return choices(*(options.get(name) for name in known))
 
 
 def _starts_like_a_net(head: bytes) -> bool:

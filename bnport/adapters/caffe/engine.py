@@ -1,6 +1,6 @@
-"""One layer through a real engine: OpenCV 4's Caffe importer (cv2.dnn), in a process of its own.
+"""Layers through a real engine: OpenCV 4's Caffe importer (cv2.dnn), in a process of its own.
 
-No Caffe can be installed from a package index, and OpenCV 5 dropped the importer. The engine gets a net of this one layer
+No Caffe can be installed from a package index, and OpenCV 5 dropped the importer. The engine gets a net of each layer
 and nothing else of the file, with the layer's own bytes where the file is binary; whatever those do to it, it does not
 happen in this process.
 """
@@ -19,6 +19,8 @@ from bnport.containers.protobuf import encoded, encoded_varint
 from bnport.errors import BnportError, InvalidValue, MissingDependency, NotFound, listed, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from bnport.adapters.caffe.net import Net, Node
     from bnport.adapters.caffe.values import Choices, Held
     from bnport.record import Array
@@ -36,44 +38,57 @@ except ImportError as error:
 if not hasattr(cv2.dnn, "readNetFromCaffe"):
     print(cv2.__version__, file=sys.stderr)
     sys.exit({_OLD_IMPORTER_GONE})
-net = cv2.dnn.readNetFromCaffe("net.prototxt", "net.caffemodel")
-net.setPreferableBackend(cv2.dnn.DNN_BACKEND_OPENCV)
-net.enableFusion(False)
-net.setInput(numpy.load("x.npy"))
-numpy.save("y.npy", net.forward())
+for i in range(int(sys.argv[1])):
+    net = cv2.dnn.readNetFromCaffe(f"{{i}}.prototxt", f"{{i}}.caffemodel")
+    net.setPreferableBackend(cv2.dnn.DNN_BACKEND_OPENCV)
+    net.enableFusion(False)
+    net.setInput(numpy.load(f"x{{i}}.npy"))
+    numpy.save(f"y{{i}}.npy", net.forward())
 """
 
 
-def forward(net: Net, choices: Choices, name: str, x: Array) -> dict[str, Array]:
-    """x of shape (N, C), float32, through the layer called `name`; {"cv2.dnn": output of shape (N, C)}.
+def forward(
+    net: Net, choices: Choices, inputs: Mapping[str, Array], epsilon: float | None = None
+) -> dict[str, dict[str, Array]]:
+    """x of shape (N, C), float32, through each layer named in `inputs`: name -> {"cv2.dnn": output of shape (N, C)}.
 
-    Raises MissingDependency without OpenCV 4, or for a layer that OpenCV cannot run (BN, Bias, Intel's four blobs, legacy
-    DIGITS, double blobs); BnportError if the engine fails, crashes or takes longer than TIMEOUT.
+    epsilon: of the layers for which the net holds none. All layers share one process, each in a net of its own. Raises
+    MissingDependency without OpenCV 4; NotFound for a layer that is not there or that OpenCV cannot run (BN, Bias, Intel's
+    four blobs, legacy DIGITS, double blobs); BnportError if the engine fails, crashes or takes longer than TIMEOUT.
     """
-    held_by_name = {held.name: held for held, _ in held_layers(net, choices)[0]}
-    if name not in held_by_name:
-        raise NotFound(f"{printable(net.path)}: no BatchNorm layer {printable(name)!r}; it has {listed(held_by_name)}")
-    held = held_by_name[name]
-    x = np.ascontiguousarray(x, np.float32)
-    if x.ndim != 2 or x.shape[1] != held.channels or not x.shape[0]:
-        raise InvalidValue(f"{printable(name)}: x of shape (N, {held.channels}) expected, got {x.shape}")
-    _refuse_what_cannot_run(net, held)
+    known = {layer.name: (held, layer) for held, layer in held_layers(net, choices)[0]}
+    prepared = {}
+    for name, x in inputs.items():
+        if name not in known:
+            raise NotFound(f"{printable(net.path)}: no BatchNorm layer {printable(name)!r}; it has {listed(known)}")
+        held, layer = known[name]
+        x = np.ascontiguousarray(x, np.float32)
+        if x.ndim != 2 or x.shape[1] != held.channels or not x.shape[0]:
+            raise InvalidValue(f"{printable(name)}: x of shape (N, {held.channels}) expected, got {x.shape}")
+        _refuse_what_cannot_run(net, held)
+        chosen = epsilon if epsilon is not None and "epsilon" in layer.assumed else held.node.settings.get("eps")
+        prepared[name] = held, x, chosen
     with tempfile.TemporaryDirectory(prefix="bnport-") as folder:
-        with open(os.path.join(folder, "net.prototxt"), "w", encoding="utf-8") as file:
-            file.write(_description(held, len(x)))
-        with open(os.path.join(folder, "net.caffemodel"), "wb") as file:
-            file.write(b"".join(_encoded_layer(net, node, f"l{i}") for i, node in enumerate((held.node, *held.tail))))
-        np.save(os.path.join(folder, "x.npy"), x.reshape(len(x), held.channels, 1, 1))
-        _call(folder, net, name)
-        y = _output(os.path.join(folder, "y.npy"), x.size, net, name)
-    return {"cv2.dnn": y.reshape(x.shape)}
+        for number, (held, x, chosen) in enumerate(prepared.values()):
+            at = os.path.join(folder, str(number))
+            with open(f"{at}.prototxt", "w", encoding="utf-8") as file:
+                file.write(_description(held, len(x), chosen))
+            with open(f"{at}.caffemodel", "wb") as binary:
+                for i, node in enumerate((held.node, *held.tail)):
+                    binary.write(_encoded_layer(net, node, f"l{i}"))
+            np.save(os.path.join(folder, f"x{number}.npy"), x.reshape(len(x), held.channels, 1, 1))
+        where = f"{printable(net.path)}: {listed(inputs, 3)}"
+        _call(folder, len(prepared), where)
+        return {
+            name: {"cv2.dnn": _output(os.path.join(folder, f"y{number}.npy"), x.size, where).reshape(x.shape)}
+            for number, (name, (_, x, _)) in enumerate(prepared.items())
+        }
 
 
-def _call(folder: str, net: Net, name: str) -> None:
-    where = f"{printable(net.path)}: {printable(name)}"
+def _call(folder: str, count: int, where: str) -> None:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _CHILD],
+            [sys.executable, "-c", _CHILD, str(count)],
             cwd=folder,  # also keeps modules of the caller's folder out
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -96,13 +111,13 @@ def _call(folder: str, net: Net, name: str) -> None:
         raise BnportError(f"{where}: cv2.dnn failed: {said}")
 
 
-def _output(path: str, size: int, net: Net, name: str) -> Array:
+def _output(path: str, size: int, where: str) -> Array:
     try:
         y: Array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        raise BnportError(f"{printable(net.path)}: {printable(name)}: cv2.dnn gave no output") from None
+        raise BnportError(f"{where}: cv2.dnn gave no output") from None
     if y.size != size:
-        raise BnportError(f"{printable(net.path)}: {printable(name)}: cv2.dnn gave {y.size} numbers, {size} expected")
+        raise BnportError(f"{where}: cv2.dnn gave {y.size} numbers, {size} expected")
     return y
 
 
@@ -124,15 +139,14 @@ def _refuse_what_cannot_run(net: Net, held: Held) -> None:
     elif any(blob.count == 1 != held.channels for field, blob in held.fields.items() if field != "factor"):
         why = "a Scale of one number for all channels"
     if why:
-        raise MissingDependency(
+        raise NotFound(
             f"{printable(net.path)}: {printable(held.name)}: no engine that can be installed runs {why}; cv2.dnn cannot"
         )
 
 
-def _description(held: Held, count: int) -> str:
+def _description(held: Held, count: int, epsilon: object) -> str:
     lines = [f'input: "x" input_shape {{ dim: {count} dim: {held.channels} dim: 1 dim: 1 }}']
-    epsilon = held.node.settings.get("eps")
-    inner = "" if epsilon is None else f" eps: {float(epsilon)!r}"
+    inner = "" if epsilon is None else f" eps: {epsilon!r}"
     if held.node.blob_count == 5:
         inner += " scale_bias: true"
     lines.append(_layer_text("BatchNorm", 0, f"batch_norm_param {{{inner} use_global_stats: true }}"))
