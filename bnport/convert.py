@@ -57,7 +57,8 @@ def convert(
     only: write just these of gamma, beta, mean, variance, epsilon; the target keeps its own for the rest.
     epsilon: of a source that does not hold it (a PyTorch state dict); target_epsilon: the same for the target.
     momentum: "keep" the target's, or "port" the source's.
-    run: also run the real target layers (default: only where the target is live, as its framework is imported then).
+    run: also run the real layers of target and source (default: only those of a live target, as its framework is imported
+        then).
     source_options, target_options: for the adapters (key=, prototxt=, stat=, ...).
 
     An epsilon that the target can hold is written as it is, so gamma, beta, mean and variance stay bit for bit; one that
@@ -96,7 +97,12 @@ def convert(
         adapter.apply(target, changes)
         after = adapters.read(target, **(target_options or {}))
         result = report.written(
-            after, None, _path(source), None if run is False else engine_of(adapter, target), progress
+            after,
+            None,
+            _path(source),
+            None if run is False else engine_of(adapter, target, options=target_options),
+            progress,
+            _source_engine(source, epsilon, source_options) if run else None,
         )
         if not result.ok:
             adapter.apply(target, _as_they_were(targets, changes))
@@ -108,8 +114,9 @@ def convert(
 
     def check(temporary: str) -> None:
         after = adapters.read(temporary, format=targets.format, epsilon=target_epsilon, **(target_options or {}))
-        engine = engine_of(adapter, temporary) if run else None
-        results.append(report.written(after, destination, _path(source), engine, progress))
+        engine = engine_of(adapter, temporary, epsilon=target_epsilon, options=target_options) if run else None
+        original = _source_engine(source, epsilon, source_options) if run else None
+        results.append(report.written(after, destination, _path(source), engine, progress, original))
         if not results[0].ok:
             raise _NotTheSame
 
@@ -147,11 +154,16 @@ def verify(
     match.raise_if_bad()
     layers = compare(sources, targets, match.pairs)
     not_run: list[str] = []
+    explicit = run is True
     if run is None:
         run = _path(target) is None
     if run:
-        adapter = adapters.find(target)
-        layers = run_layers(layers, sources, targets, engine_of(adapter, target), not_run, progress)
+        engine = engine_of(adapters.find(target), target, epsilon=target_epsilon, options=target_options)
+        alive = explicit or _path(source) is None  # otherwise a framework would be imported that nobody asked for
+        original = _source_engine(source, epsilon, source_options) if alive else None
+        if original is None and explicit:
+            not_run.append(f"the source's own layers: no engine for {sources.format}")
+        layers = run_layers(layers, sources, targets, engine, not_run, progress, source_engine=original)
     else:
         not_run.append("the real layers (--run does)")
     notes = _said(sources, targets, match.pairs)
@@ -220,6 +232,12 @@ def pair(
     from bnport.match import match
 
     return match(sources, targets, map=map, skip=skip, only_under=only_under)
+
+
+def _source_engine(source: Any, epsilon: float | None, options: Mapping[str, Any] | None) -> Engine | None:
+    name = (options or {}).get("format")
+    adapter = adapters.load(name) if name else adapters.find(source)
+    return engine_of(adapter, source, epsilon=epsilon, options=options)
 
 
 def _path(model: Any) -> str | None:
@@ -304,6 +322,7 @@ class _Reporter:
         source_path: str | None,
         engine: Engine | None,
         progress: Callable[[int, int, str], None] | None,
+        source_engine: Engine | None = None,
     ) -> Report:
         """The report of what `after`, read back, holds."""
         bits = check_bits(self.targets, after, self.changes)
@@ -317,7 +336,10 @@ class _Reporter:
         if engine is None:
             not_run.append("the real layers (--run does)")
         else:
-            layers = run_layers(layers, self.sources, after, engine, not_run, progress, self.references)
+            layers = run_layers(
+                layers, self.sources, after, engine, not_run, progress, self.references,
+                source_engine=None if self.references else source_engine,
+            )  # fmt: skip
         report = self._report("convert", layers, out, source_path, not_run)
         if others:
             raise MatchError(f"{after.source}: layers that were not to be written changed: {listed(others)}")

@@ -7,7 +7,7 @@ affine    a = gamma / sqrt(variance + epsilon) and b = beta - mean a of both sid
           every engine uses: |da| <= 4u |a| and |db| <= 4u (|beta| + |a mean|), u the unit roundoff of the checked side's
           stored dtype (rounding gamma, variance, mean and beta once costs at most 1.5u and 2.5u).
 run       the real layer's output at the probes against the reference formula in float64, within the float32 error bound of
-          record.error_bound plus the storage term.
+          record.error_bound plus the storage term; and against the source's own engine, within the sum of both bounds.
 """
 
 from __future__ import annotations
@@ -269,20 +269,63 @@ def check_run(
     engine: x of shape (probes, C) float32 -> {way: y of the same shape}. A 16-bit y means that the engine rounded x and y.
     """
     x = held.probes("float32")
+    return check_outputs(reference, held, x, engine(x.astype(np.float32)), dtype=dtype)
+
+
+def check_outputs(
+    reference: BatchNorm, held: BatchNorm, x: Array, outputs: Mapping[str, Array], *, dtype: str = "float32"
+) -> tuple[Check, ...]:
+    """check_run for outputs that are there already: way -> what the layer under test gave for x of shape (N, C)."""
     checks = []
-    for way, y in engine(x.astype(np.float32)).items():
-        output_dtype = str(y.dtype)
-        seen = round_to(x, output_dtype) if output_dtype in ("float16", "bfloat16") else x
-        if np.shape(y) != x.shape:
-            checks.append(Check(way, float("inf"), 0.0, float("inf"), 0))
-            continue
-        error = np.abs(np.asarray(y, np.float64) - reference(seen))
-        bound = held.error_bound(seen, output_dtype=output_dtype) + held.storage_bound(seen, dtype=dtype)
-        ratio = _ratio(error, bound)
-        row, channel = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
-        at = (row, channel)
-        checks.append(Check(way, float(error[at]), float(bound[at]), float(ratio[at]), int(channel), float(seen[at])))
+    for way, y in outputs.items():
+        narrow = output_dtype(y, dtype)
+        seen = round_to(x, narrow)
+        bound = held.error_bound(seen, output_dtype=narrow) + held.storage_bound(seen, dtype=dtype)
+        checks.append(_at_worst(way, np.asarray(y, np.float64), reference(seen), bound, seen))
     return tuple(checks)
+
+
+def check_between(
+    one: tuple[BatchNorm, str, Mapping[str, Array]], other: tuple[BatchNorm, str, Mapping[str, Array]], x: Array
+) -> tuple[Check, ...]:
+    """Two real layers against each other at the same x, each (record, stored dtype, way -> output).
+
+    The bound is the sum of both engines' bounds and of the storage terms of both. `x` must hold what both saw: if one of
+    them computes in 16 bits, values of that dtype. Every way of `other` is held against the first way of `one`.
+    """
+    record_a, dtype_a, outputs_a = one
+    record_b, dtype_b, outputs_b = other
+    way_a, y_a = next(iter(outputs_a.items()))
+    bound_a = record_a.error_bound(x, output_dtype=output_dtype(y_a, dtype_a)) + record_a.storage_bound(
+        x, dtype=dtype_a
+    )
+    checks = []
+    for way, y in outputs_b.items():
+        bound = bound_a + record_b.error_bound(x, output_dtype=output_dtype(y, dtype_b))
+        bound = bound + record_b.storage_bound(x, dtype=dtype_b)
+        found, expected = np.asarray(y, np.float64), np.asarray(y_a, np.float64)
+        checks.append(_at_worst(f"{way} against {way_a}", found, expected, bound, x))
+    return tuple(checks)
+
+
+def output_dtype(y: Array, stored: str) -> str:
+    """The float type that an engine's output was rounded to: its own, or the 16-bit one that its layer stores."""
+    for name in (str(y.dtype), stored):
+        if name in ("float16", "bfloat16"):
+            return name
+    return "float32"
+
+
+def _at_worst(name: str, found: Array, expected: Array, bound: Array, x: Array) -> Check:
+    """The check at the place where error over bound is largest."""
+    if found.shape != expected.shape:
+        return Check(name, float("inf"), 0.0, float("inf"), 0)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(found - expected)
+    ratio = _ratio(error, bound)
+    row, channel = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    at = (row, channel)
+    return Check(name, float(error[at]), float(bound[at]), float(ratio[at]), int(channel), float(x[at]))
 
 
 def with_checks(report: LayerReport, checks: Iterable[Check], notes: Iterable[str] = ()) -> LayerReport:

@@ -139,6 +139,22 @@ def test_an_epsilon_too_small_for_any_threshold_is_found_by_the_bound(net, twin)
     assert "epsilon is 1.1e-05" in str(found)
 
 
+def test_a_predict_that_was_compiled_with_another_epsilon_is_found(net, twin):
+    """Keras builds the epsilon into the compiled function: a later change reaches model(x), and not predict."""
+    x = images().transpose(0, 2, 3, 1)
+    for name in ("bn1", "bn2", "bn3"):
+        twin.get_layer(name).epsilon = 0.5
+    stale = twin.predict(x, verbose=0)
+    for name in ("bn1", "bn2", "bn3"):
+        twin.get_layer(name).epsilon = 1e-5
+    assert np.array_equal(twin.predict(x, verbose=0), stale)
+    found = trace(net, twin, x)
+    assert len(found.faults) == 1
+    assert "predict gives other outputs than calling the model" in found.faults[0]
+    twin.predict_function = None
+    assert trace(net, twin, x).ok
+
+
 def test_inputs_of_other_shapes_are_said(net):
     other = Net()
     other.conv1.stride = (1, 1)

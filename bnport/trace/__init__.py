@@ -64,6 +64,10 @@ def trace(
     match.raise_if_bad()
     comparison = Comparison(layers_a, layers_b, match.pairs, tolerance, progress)
     (_, adapter_a), (_, adapter_b) = sides
-    outputs_a = adapter_a.tap(a, oriented(x, first, *forms[0]), comparison.of_a)  # type: ignore[attr-defined]
-    outputs_b = adapter_b.tap(b, oriented(x, first, *forms[1]), comparison.of_b)  # type: ignore[attr-defined]
+    xs = [oriented(x, first, *form) for form in forms]
+    outputs_a = adapter_a.tap(a, xs[0], comparison.of_a)  # type: ignore[attr-defined]
+    outputs_b = adapter_b.tap(b, xs[1], comparison.of_b)  # type: ignore[attr-defined]
+    for (model, adapter), own, outputs in zip(sides, xs, (outputs_a, outputs_b), strict=True):
+        if hasattr(adapter, "compiled_outputs"):
+            comparison.compiled(model is b, outputs, adapter.compiled_outputs(model, own))
     return comparison.result(outputs_a, outputs_b)

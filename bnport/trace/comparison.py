@@ -87,6 +87,18 @@ class Comparison:
     def _limit(self) -> float:
         return self.tolerance if self.tolerance is not None else TOLERANCE_16 if self.narrow else TOLERANCE
 
+    def compiled(self, port: bool, outputs: list[Array], predicted: list[Array] | None) -> None:
+        """What a network's compiled predict gives for the same input, where there is one: it may be stale."""
+        pairs = zip(outputs, predicted or (), strict=False)
+        difference = max((_difference(u, v) for u, v in pairs), default=0.0)
+        if not difference <= self._limit():
+            source = (self.layers_b if port else self.layers_a).source
+            self.faults.append(
+                f"{printable(source)}: predict gives other outputs than calling the model (they differ by {difference:.2g}):"
+                " its compiled function is older than the layers' epsilon; model.compile() or model.predict_function = None"
+                " makes it anew"
+            )
+
     def result(self, outputs_a: list[Array], outputs_b: list[Array]) -> Trace:
         """The verdict, once both have run."""
         tolerance = self._limit()

@@ -61,24 +61,24 @@ def read(source: Any, *, absent: str | None = None, stat: str | None = None) -> 
     Question where one of the options is needed.
     """
     if isinstance(source, str):
-        return contents(source, absent=absent, stat=stat).layers()
+        return contents(source, absent=absent, stat=stat, evidence=True).layers()
     from bnport.adapters.keras.live import read as read_live
 
     return read_live(source)
 
 
-def contents(path: str, *, absent: str | None = None, stat: str | None = None) -> Contents:
-    """What a file holds, for reading and for writing."""
+def contents(path: str, *, absent: str | None = None, stat: str | None = None, evidence: bool = False) -> Contents:
+    """What a file holds, for reading and for writing. `evidence`: with kernels and graph, which pairing wants."""
     from bnport.containers.files import ReadFile
 
     file = ReadFile(path)
     if file.size >= 4 and file.pread(0, 4) == b"PK\x03\x04":
         from bnport.adapters.keras.archive import read as read_archive
 
-        return read_archive(file, absent)
+        return read_archive(file, absent, evidence=evidence)
     from bnport.adapters.keras.files import read as read_file
 
-    return read_file(file, absent, stat)
+    return read_file(file, absent, stat, evidence=evidence)
 
 
 def write(
@@ -105,21 +105,36 @@ def apply(model: Any, changes: Mapping[str, Change]) -> None:
     apply_live(model, changes)
 
 
-def run(source: Any, layer: str, x: Any) -> dict[str, Any]:
+def run(
+    source: Any,
+    layer: str,
+    x: Any,
+    *,
+    epsilon: float | None = None,
+    absent: str | None = None,
+    stat: str | None = None,
+) -> dict[str, Any]:
     """x of shape (N, C) through one real Keras layer at inference: {"model(x)": y, "predict": y}.
 
     Of a live model it is the layer itself that is called, directly and inside a one-layer model's predict. Of a file it
     is a BatchNormalization that Keras builds from the layer's config in the file, with the arrays of the file loaded by
-    the layer's own `load_own_variables`. Raises MissingDependency without Keras.
+    the layer's own `load_own_variables`; `epsilon` is for a file that holds none. Raises MissingDependency without Keras.
     """
-    return run_all(source, {layer: x})[layer]
+    return run_all(source, {layer: x}, epsilon=epsilon, absent=absent, stat=stat)[layer]
 
 
-def run_all(source: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def run_all(
+    source: Any,
+    inputs: Mapping[str, Any],
+    *,
+    epsilon: float | None = None,
+    absent: str | None = None,
+    stat: str | None = None,
+) -> dict[str, dict[str, Any]]:
     """`run` for many layers (name -> x) with one model that is traced once."""
     from bnport.adapters.keras.running import run_all as run_layers
 
-    return run_layers(source, inputs)
+    return run_layers(source, inputs, epsilon=epsilon, absent=absent, stat=stat)
 
 
 def tap(model: Any, x: Any, each: Callable[[str, Any, Any, str], None]) -> list[Any]:
@@ -134,6 +149,13 @@ def input_form(model: Any) -> tuple[bool, tuple[int | None, ...] | None]:
     from bnport.adapters.keras.tapping import channels_first, input_shape
 
     return channels_first(model), input_shape(model)
+
+
+def compiled_outputs(model: Any, x: Any) -> list[Any] | None:
+    """What the model's already compiled predict function gives for x; None where it has none."""
+    from bnport.adapters.keras.tapping import compiled_outputs as outputs
+
+    return outputs(model, x)
 
 
 def load_model(path: str) -> Any:

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from bnport.record import Array
 
 
-def run_all(source: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+def run_all(
+    source: Any, inputs: Mapping[str, Any], *, epsilon: float | None, absent: str | None, stat: str | None
+) -> dict[str, dict[str, Array]]:
     """name -> {"model(x)": y, "predict": y} for x of shape (N, C) of each named layer; all N must be equal."""
     if isinstance(source, str | os.PathLike):
-        layers = _from_file(os.fspath(source), list(inputs))
+        layers = _from_file(os.fspath(source), list(inputs), epsilon, absent, stat)
         package = _keras()
     else:
         found = live.find(source)
@@ -95,19 +97,23 @@ def _predicted(package: Any, layers: list[Any], inputs: list[Array]) -> list[Arr
     return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
 
-def _from_file(path: str, names: list[str]) -> dict[str, Any]:
+def _from_file(
+    path: str, names: list[str], epsilon: float | None, absent: str | None, stat: str | None
+) -> dict[str, Any]:
     """Layers that Keras builds from their config in the file, filled by their own load_own_variables."""
     from bnport.adapters import keras as adapter
 
-    contents = adapter.contents(path)
+    contents = adapter.contents(path, absent=absent, stat=stat)
     entries = {name: contents.entry(name) for name in names}
     package = _keras()
-    return {name: _built(package, entry) for name, entry in entries.items()}
+    return {name: _built(package, entry, epsilon) for name, entry in entries.items()}
 
 
-def _built(package: Any, entry: Entry) -> Any:
+def _built(package: Any, entry: Entry, epsilon: float | None) -> Any:
+    if epsilon is None:
+        epsilon = entry.default_epsilon
     config: dict[str, Any] = {
-        "epsilon": entry.default_epsilon if entry.epsilon is None else entry.epsilon,
+        "epsilon": epsilon if entry.epsilon is None else entry.epsilon,
         "renorm": False,
     }
     tensors = entry.tensors()

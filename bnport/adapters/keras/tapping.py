@@ -79,3 +79,13 @@ def channels_first(model: Any) -> bool:
         if rank is not None and rank > 2:
             return live.one_axis(layer, name) == 1
     return False
+
+
+def compiled_outputs(model: Any, x: Array) -> list[Array] | None:
+    """What the predict function that the model has already compiled gives for x; None where there is none.
+
+    On TensorFlow and JAX it has the epsilons of that time built in, whatever the layers hold now.
+    """
+    if getattr(model, "predict_function", None) is None:
+        return None
+    return _flat(model.predict(np.asarray(x), batch_size=len(x), verbose=0))

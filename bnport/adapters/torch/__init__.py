@@ -169,15 +169,24 @@ def apply(model: Any, changes: Mapping[str, Change], *, inplace_abn: bool | None
     apply_live(model, changes, inplace_abn)
 
 
-def run(source: Any, layer: str, x: Any, *, key: str | None = None, inplace_abn: bool | None = None) -> dict[str, Any]:
+def run(
+    source: Any,
+    layer: str,
+    x: Any,
+    *,
+    key: str | None = None,
+    inplace_abn: bool | None = None,
+    epsilon: float | None = None,
+) -> dict[str, Any]:
     """x of shape (N, C) through one layer by torch itself, at inference.
 
     A live module: its own layer's forward, without hooks and without an activation that it may carry, in eval mode.
-    A file or state dict: torch.nn.functional.batch_norm, which is what such a layer calls, with the stored numbers.
+    A file or state dict: torch.nn.functional.batch_norm, which is what such a layer calls, with the stored numbers;
+    `epsilon` is for one that holds none.
     """
     from bnport.adapters.torch.live import run_live
 
-    return run_live(source, layer, x, key, inplace_abn)
+    return run_live(source, layer, x, key, inplace_abn, epsilon)
 
 
 def tap(model: Any, x: Any, each: Callable[[str, Any, Any, str], None]) -> list[Any]:

@@ -299,7 +299,12 @@ def _targets(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def run_live(
-    source: Any, layer: str, x: Any, key: str | None = None, inplace_abn: bool | None = None
+    source: Any,
+    layer: str,
+    x: Any,
+    key: str | None = None,
+    inplace_abn: bool | None = None,
+    epsilon: float | None = None,
 ) -> dict[str, Array]:
     """x of shape (N, C) through one layer by torch; see run in the package's module."""
     try:
@@ -314,6 +319,8 @@ def run_live(
     if layer not in layers:
         raise NotFound(f"{layers.source}: no BatchNorm layer {printable(layer)!r}; there are {listed(layers, 5)}")
     record = layers[layer].record
+    if epsilon is not None and "epsilon" in layers[layer].assumed:
+        record = record.replace(epsilon=epsilon)
     dtype = getattr(torch, layers[layer].dtype)
     arrays = {n: torch.from_numpy(getattr(record, field).copy()).to(dtype) for n, field in FIELD_OF.items()}
     with torch.no_grad():
