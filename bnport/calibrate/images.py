@@ -104,8 +104,9 @@ def image_statistics(
 ) -> ImageStatistics:
     """Mean and standard deviation per channel over all pixels of all images, exactly.
 
-    source:   a folder of images, one image, a list of image paths; an `.npy` or `.npz` file or integer array of shape
-              (N, H, W, C) or another with `axis`; or an iterable of integer arrays (H, W, C), of any H and W each.
+    source:   a folder of images; one image; a list of images and folders (each folder is then one block of work, listed
+              by its worker: for more files than one process should list); an `.npy` or `.npz` file or integer array of
+              shape (N, H, W, C), or another with `axis`; or an iterable of integer arrays (H, W, C), of any H and W.
     size:     height and width (or one number for both) that every image file is first resized to; default: as it is.
     scale:    pixels are multiplied by it; default 1/255, and 1/65535 for 16-bit pixels. Fraction(1, 255) is exact.
     mode:     what image files are converted to: RGB (alpha is dropped), L (grey, ITU-R 601), or I;16 (16-bit grey).
@@ -140,15 +141,14 @@ def image_statistics(
         return _of_arrays(source, scale)
     else:
         raise InvalidValue(f"a {printable(type(source).__name__)} is not images: expected a folder, paths or arrays")
-    how = _How(_checked_size(size), mode, resample, damaged == "skip")
+    how = _How(_checked_size(size), mode, resample, damaged == "skip", recursive)
     blocks = list(_blocks(paths, how))
     done = map_blocks(count_block, blocks, engine="serial" if len(blocks) < 2 else engine, workers=workers)
-    total, seen = None, 0
-    for counted, block in zip(done, blocks, strict=True):
+    total, known = None, not any(block.folder for block in blocks)
+    for counted in done:
         total = counted if total is None else total.merge(counted)
-        seen += len(block.paths)
         if progress:
-            progress(seen, len(paths), "images")
+            progress(total.images + len(total.skipped), len(paths) if known else 0, "images")
     if total is None or not total.images:
         raise InvalidValue(f"no image could be decoded; tried {listed(paths, 3)}")
     return ImageStatistics(
@@ -255,11 +255,13 @@ class _How(NamedTuple):
     mode: str
     resample: str
     skip: bool
+    recursive: bool
 
 
 class _Block(NamedTuple):
     paths: list[str]
     how: _How
+    folder: bool = False  # paths is one folder, not yet listed
 
 
 class Counted(NamedTuple):
@@ -296,6 +298,9 @@ def _blocks(paths: list[str], how: _How) -> Iterator[_Block]:
             status = os.stat(path)
         except OSError as error:
             raise NotFound(f"{printable(path)}: {error.strerror}") from None
+        if stat.S_ISDIR(status.st_mode):
+            yield _Block([path], how, folder=True)
+            continue
         if not stat.S_ISREG(status.st_mode):
             raise FormatError(f"{printable(path)}: not a regular file")
         block.append(path)
@@ -312,6 +317,9 @@ def count_block(block: _Block) -> Counted:
     import warnings
 
     how = block.how
+    paths = block.paths
+    if block.folder:
+        paths = [p for part in _blocks(find_images(paths[0], how.recursive)[0], how) for p in part.paths]
     channels = len(MODES[how.mode])
     counts = np.zeros(channels * 256, np.int64)
     wide = ExactMoments(0, [0] * channels, [0] * channels)
@@ -319,7 +327,7 @@ def count_block(block: _Block) -> Counted:
     skipped: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own size warning; PIXELS_LIMIT is stricter. EXIF complaints
-        for path in block.paths:
+        for path in paths:
             try:
                 image = _decoded(path, how, converted)
             except FormatError:
@@ -331,7 +339,7 @@ def count_block(block: _Block) -> Counted:
                 wide = wide.merge(exact_moments(np.asarray(image, np.uint16)[..., None]))
             else:
                 counts += image.histogram()
-    return Counted(len(block.paths) - len(skipped), wide if how.mode == "I;16" else _sums(counts), converted, skipped)
+    return Counted(len(paths) - len(skipped), wide if how.mode == "I;16" else _sums(counts), converted, skipped)
 
 
 def _sums(counts: Array) -> ExactMoments:

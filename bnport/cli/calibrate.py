@@ -51,6 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--spill", metavar="DIR", help="where activations beyond --memory go (default: the system's temporary folder)"
     )
     parser.add_argument("--resume", metavar="FILE", help="keep checkpoints in FILE, and go on from it if it is there")
+    parser.add_argument("--engine", metavar="NAME", help="run in many processes: local, dask or ray (see --spill)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes of --engine (default: one per core)")
+    parser.add_argument("--address", metavar="URL", help="the Dask scheduler or Ray cluster that --engine joins")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     group = parser.add_argument_group("how images are read")
     group.add_argument("--size", metavar="HEIGHT,WIDTH", help="resize to this (default: the model's input size)")
@@ -89,32 +92,22 @@ def _size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What configure() collected, as keyword arguments of bnport.calibrate."""
+    names = (
+        "method", "unbiased", "batch_size", "layers", "frozen", "limit", "minimum", "key", "memory", "spill", "resume",
+        "engine", "workers", "address",
+    )  # fmt: skip
+    return {"images": images_options(args) or None, **{name: getattr(args, name) for name in names}}
+
+
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the copy, print old against new."""
     from bnport.calibrate.file import calibrate_file
     from bnport.errors import printable
 
-    names = (
-        "method",
-        "unbiased",
-        "batch_size",
-        "layers",
-        "frozen",
-        "limit",
-        "minimum",
-        "key",
-        "memory",
-        "spill",
-        "resume",
-    )
     result = calibrate_file(
-        args.model,
-        args.data,
-        args.out,
-        force=args.force,
-        images=images_options(args) or None,
-        progress=common.progress_bar(args.json),
-        **{name: getattr(args, name) for name in names},
+        args.model, args.data, args.out, force=args.force, progress=common.progress_bar(args.json), **options(args)
     )
     if args.json:
         common.print_json({**result.as_dict(), "out": args.out})

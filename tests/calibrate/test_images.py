@@ -73,6 +73,12 @@ def test_the_engine_does_not_change_a_bit(folder, engine, monkeypatch):
     assert told[-1] == (7, 7, "images")
 
 
+def test_a_list_of_folders_and_files_is_the_same_with_each_folder_one_block(folder):
+    found = image_statistics([folder / "deeper", *sorted(p for p in folder.iterdir() if p.suffix not in (".txt", ""))])
+    assert found.images == 7
+    assert (found.mean.tolist(), found.variance.tolist()) == exact_truth(decoded(folder))
+
+
 def test_images_are_resized_before_they_are_counted(folder):
     found = image_statistics(folder, (8, 6), resample="bicubic")
     resized = [
