@@ -2,8 +2,8 @@
 
 Exporters fold by default and say nothing. What gives them away, measured with torch 2.13, tf2onnx 1.17, onnxruntime 1.32:
 torch's dynamo exporter notes the rewrite rule on the node, and calls the bias that it adds `<weight>_bias`; its
-TorchScript exporter gives both tensors of the convolution new names (`onnx::Conv_49`); tf2onnx calls the bias
-`.../batchnorm/sub`; onnxruntime's optimiser `ConvBnFusion_...`.
+TorchScript exporter gives both tensors of the convolution new names (`onnx::Conv_49`); tf2onnx calls the weights
+`..._weights_fused_bn` or the bias `.../batchnorm/sub`; onnxruntime's optimiser calls them `ConvBnFusion_...`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from bnport.adapters.onnx.layers import scope_path
-from bnport.errors import listed, printable
+from bnport.errors import listed
 
 if TYPE_CHECKING:
     from bnport.adapters.onnx.model import Node
@@ -82,9 +82,12 @@ def _signs(scope: Scope, node: Node) -> tuple[bool, str]:
     if "FuseBatchNorm" in metadata.get(_RULE, ""):
         lost = scope_path(metadata.get(_SCOPES, ""))
         return True, f"{label} (was {lost})" if lost else label
+    if weight.endswith("_weights_fused_bn"):
+        before, fused, _ = (node.outputs or [""])[0].partition("/FusedBatchNorm")
+        return True, f"{label} (was {before})" if fused else label
     if "ConvBnFusion" in f"{weight} {bias}" or "/batchnorm/" in bias:
         lost = bias.split("/batchnorm/")[0] if "/batchnorm/" in bias else ""
-        return True, f"{label} (was {printable(lost)})" if lost else label
+        return True, f"{label} (was {lost})" if lost else label
     if node.op != "MatMul" and _ANONYMOUS.fullmatch(weight) and _ANONYMOUS.fullmatch(bias):
         return True, label
     if bias and bias == f"{weight}_bias":

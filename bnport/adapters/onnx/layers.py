@@ -200,11 +200,8 @@ def _integer(found: Found, name: str, default: int, where: str) -> int:
 
 def _affine_layer(found: Found, name: str, source: str, inputs: tuple[str, ...] | None) -> Layer:
     assert found.affine is not None
-    mul, slope_name, intercept_name = found.affine
     where = place_of(found, source)
-    slope, intercept = found.scope.constant(slope_name), found.scope.constant(intercept_name)
-    if isinstance(slope, Unknown) or isinstance(intercept, Unknown):
-        raise FormatError(f"{where}: its slope and intercept are no constants")
+    slope, intercept = affine_of(found, source)
     sizes = {"slope": slope.size or 1, "intercept": intercept.size or 1}
     channels = max(sizes.values())
     for what, value in (("slope", slope), ("intercept", intercept)):
@@ -223,7 +220,6 @@ def _affine_layer(found: Found, name: str, source: str, inputs: tuple[str, ...] 
             raise InvalidValue(f"{where}: {error}") from None
         return {field: getattr(record, field) for field in FIELDS}
 
-    feeding = [n for n in mul.inputs if n != slope_name]
     return Layer(
         name,
         channels=channels,
@@ -231,10 +227,21 @@ def _affine_layer(found: Found, name: str, source: str, inputs: tuple[str, ...] 
         load=load,
         assumed=("mean", "variance"),
         dtype=slope.dtype,
-        kernel=kernel_of(found.scope, feeding[0]) if feeding else None,
+        kernel=kernel_of(found.scope, found.affine.x),
         inputs=inputs,
         notes=(RECONSTRUCTED,),
     )
+
+
+def affine_of(found: Found, source: str) -> tuple[Known, Known]:
+    """(slope, intercept) of a layer that was taken apart; zeros where it has no intercept."""
+    assert found.affine is not None
+    slope = found.scope.constant(found.affine.slope)
+    zeros = Known("float32", None, lambda: np.zeros(1, np.float32))
+    intercept = zeros if found.affine.intercept is None else found.scope.constant(found.affine.intercept)
+    if isinstance(slope, Unknown) or isinstance(intercept, Unknown):
+        raise FormatError(f"{place_of(found, source)}: its slope and intercept are no constants")
+    return slope, intercept
 
 
 # ---- names

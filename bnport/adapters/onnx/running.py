@@ -99,17 +99,13 @@ def _model(onnx: Any, found: Found, opened: Model, rows: int) -> Any:
 
 
 def _affine_model(onnx: Any, found: Found, opened: Model, rows: int) -> Any:
-    assert found.affine is not None
     helper, tensors = onnx.helper, []
-    _, *names = found.affine
-    channels, kind = 1, 1
-    for name, wanted in zip(names, ("slope", "intercept"), strict=True):
-        value = found.scope.constant(name)
-        if not isinstance(value, Known):
-            raise InvalidValue(f"{layers.place_of(found, opened.source)}: its {wanted} is no constant")
+    values = layers.affine_of(found, opened.source)
+    kind = _KINDS[values[0].dtype]
+    channels = max(value.size or 1 for value in values)
+    for name, value in zip(("slope", "intercept"), values, strict=True):
         array = value.array().reshape(-1)
-        channels, kind = max(channels, array.size), _KINDS[value.dtype]
-        tensors.append(helper.make_tensor(wanted, kind, [array.size], packed(value.dtype, array), raw=True))
+        tensors.append(helper.make_tensor(name, kind, [array.size], packed(values[0].dtype, array), raw=True))
     nodes = [helper.make_node("Mul", ["x", "slope"], ["m"]), helper.make_node("Add", ["m", "intercept"], ["y"])]
     ends = [helper.make_tensor_value_info(name, kind, [rows, channels]) for name in ("x", "y")]
     graph = helper.make_graph(nodes, "layer", [ends[0]], [ends[1]], tensors)

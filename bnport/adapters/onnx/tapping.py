@@ -73,9 +73,7 @@ def _libraries() -> tuple[Any, Any]:
 
 def _ends(found: Found) -> tuple[str, str]:
     """The names of a layer's input and output."""
-    first = found.node if found.affine is None else found.affine[0]
-    constants = () if found.affine is None else found.affine[1:]
-    start = next(name for name in first.inputs if name not in constants)
+    start = found.node.inputs[0] if found.affine is None else found.affine.x
     return start, found.node.outputs[0]
 
 

@@ -21,13 +21,21 @@ MOST_SCOPES = 20_000  # calls and subgraphs entered; a function that calls anoth
 _MOST_REACHING = 2_000_000  # names in all of `inputs`; past that the graph is not evidence anybody can use
 
 
+class Affine(NamedTuple):
+    """x * slope + intercept: the names of x and the constants; no intercept where the exporter left out zeros."""
+
+    x: str
+    slope: str
+    intercept: str | None
+
+
 class Found(NamedTuple):
-    """A layer's node in its scope; `affine` are the (Mul, Add) of one that was taken apart, then `node` is the Add."""
+    """A layer's node in its scope; `affine` is of one that was taken apart into Mul and Add, then `node` is the last."""
 
     node: Node
     scope: Scope
     inputs: frozenset[int]
-    affine: tuple[Node, str, str] | None = None  # the Mul, and the names of its and the Add's constants
+    affine: Affine | None = None
 
 
 class Walk:
@@ -40,6 +48,7 @@ class Walk:
         self.weighted: list[tuple[Scope, Node]] = []
         self.foreign: list[Node] = []  # nodes of that name in another domain
         self.entered = _with_batchnorm(model)  # functions; others are passed over
+        self._added: dict[Scope, set[str]] = {}
         self._visited = 0
         self._reaching = 0
         self.main = Scope(model, model.graph, opset=model.opset)
@@ -69,8 +78,8 @@ class Walk:
                 continue
             elif node.domain == "" and node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
                 self.weighted.append((scope, node))
-            elif node.domain == "" and node.op == "Add" and AFFINE_MARK in f"{node.name}{node.outputs[:1]}":
-                affine = _affine(scope, node)
+            elif node.domain == "" and node.op in ("Add", "Mul") and _marked(node):
+                affine = _affine(scope, node) if node.op == "Add" else self._without_intercept(scope, node)
                 if affine is not None:
                     reaching = self._add(Found(node, scope, reaching, affine))
             elif node.op == BATCHNORM:
@@ -93,6 +102,14 @@ class Walk:
             return next(iter(distinct.values()), frozenset())
         self._reaching += sum(map(len, distinct.values()))
         return frozenset().union(*distinct.values()) if self.graph_known else frozenset()
+
+    def _without_intercept(self, scope: Scope, mul: Node) -> Affine | None:
+        """The affine of a marked Mul whose product no marked Add takes."""
+        if scope not in self._added:
+            adds = (node for node in scope.graph.nodes if node.op == "Add" and _marked(node))
+            self._added[scope] = {name for node in adds for name in node.inputs}
+        factor = _slope(scope, mul)
+        return Affine(*factor, None) if factor and not self._added[scope] & set(mul.outputs) else None
 
     def _subgraph(
         self, scope: Scope, node: Node, label: str, graph: Graph, reaching: frozenset[int], depth: int
@@ -161,20 +178,25 @@ def _reach(scope: Scope, name: str) -> frozenset[int]:
     return frozenset()
 
 
-def _affine(scope: Scope, add: Node) -> tuple[Node, str, str] | None:
-    """(Mul, name of the slope, name of the intercept) if `add` is the end of x * slope + intercept by TensorFlow's names."""
-    if len(add.inputs) != 2:
+def _marked(node: Node) -> bool:
+    return any(AFFINE_MARK in name for name in (node.name, *node.outputs))
+
+
+def _slope(scope: Scope, mul: Node) -> tuple[str, str] | None:
+    """(x, slope) of a Mul with exactly one constant."""
+    if len(mul.inputs) != 2:
         return None
-    for position in (0, 1):
-        at, name = scope.origin(add.inputs[position])
-        mul = at.producers.get(name)
-        if mul is None or mul.op != "Mul" or mul.domain or len(mul.inputs) != 2:
+    constant = [isinstance(scope.constant(name), Known) for name in mul.inputs]
+    return (mul.inputs[constant[0]], mul.inputs[constant[1]]) if sum(constant) == 1 else None
+
+
+def _affine(scope: Scope, add: Node) -> Affine | None:
+    """x * slope + intercept, if `add` is the end of one by TensorFlow's names."""
+    for product, intercept in (add.inputs, add.inputs[::-1]) if len(add.inputs) == 2 else ():
+        mul = scope.producers.get(product)
+        if mul is None or mul.op != "Mul" or mul.domain or not _marked(mul):
             continue
-        if AFFINE_MARK not in f"{mul.name}{mul.outputs[:1]}" or not isinstance(
-            scope.constant(add.inputs[1 - position]), Known
-        ):
-            continue
-        slopes = [name for name in mul.inputs if isinstance(at.constant(name), Known)]
-        if len(slopes) == 1 and at is scope:
-            return mul, slopes[0], add.inputs[1 - position]
+        factor = _slope(scope, mul)
+        if factor and isinstance(scope.constant(intercept), Known):
+            return Affine(*factor, intercept)
     return None
