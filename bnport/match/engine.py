@@ -119,7 +119,7 @@ class Alignment:
         while progress:
             progress = self._settle()
             if not progress:
-                progress = any(ties.break_ties(self, part) for part in self.parts())
+                progress = any(ties.break_ties(self, part) for part in self.parts()) or ties.in_step(self)
                 if progress:
                     self._withdraw_contradicted()
 

@@ -9,9 +9,12 @@ from bnport.errors import InvalidValue
 from bnport.match import names
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bnport.match.engine import Alignment, Group, Side
 
     Proposal = dict[int, int]  # source -> target, for the whole group
+    Rank = Sequence[int | None]  # of each layer of one side; None where it has none
 
 SEEN = 3  # how many decided pairs must confirm an order before it breaks a tie
 
@@ -26,8 +29,7 @@ def break_ties(state: Alignment, group: Group) -> bool:
             ("names share a word", shared_words(state, group)),
             ("beside its neighbour", siblings(state, group)),
             ("joined in the same order", operand_order(state, group)),
-            ("defined in the same order as all others", trusted_order(state, group, numbered=False)),
-            ("numbered in the order of definition, as all others", trusted_order(state, group, numbered=True)),
+            *((why, trusted_order(state, group, own, theirs)) for why, own, theirs in ranks(state)),
         )
         if proposal is not None
     }
@@ -185,31 +187,86 @@ def operand_order(state: Alignment, group: Group) -> Proposal | None:
     return proposals[0]
 
 
-def trusted_order(state: Alignment, group: Group, *, numbered: bool) -> Proposal | None:
-    """The order of definition on both sides, or the target's automatic numbers, if every decided pair keeps it.
+def trusted_order(state: Alignment, group: Group, own: Rank, theirs: Rank) -> Proposal | None:
+    """An order of all layers on each side (of definition, or the framework's own numbers) that every decided pair keeps.
 
     It must have been seen to hold right there too: between any two candidates lies, in both orders, a decided pair, and
     not because one path of the graph runs through all three. Elsewhere an order may hold because nothing could break it.
     """
-    rank: list[int | None] = list(state.target.numbering) if numbered else list(range(len(state.target.names)))
-    if any(rank[t] is None for t in group.targets) or not mostly_decided(state):
+    known = kept_by_all(state, own, theirs)
+    if known is None or None in [own[s] for s in group.sources] or None in [theirs[t] for t in group.targets]:
         return None
-    known = [(s, t) for s, t in state.solid() if rank[t] is not None]
-    if any((rank[a] or 0) >= (rank[b] or 0) for (_, a), (_, b) in itertools.pairwise(known)):
-        return None
-    sources, targets = sorted(group.sources), sorted(group.targets, key=lambda t: rank[t] or 0)
-    before, after = state.target.graph.reach() if state.target.graph is not None else ([], [])
+    sources = sorted(group.sources, key=lambda s: own[s] or 0)
+    targets = sorted(group.targets, key=lambda t: theirs[t] or 0)
+    graph = state.target.graph
+    before, after = graph.reach() if graph is not None else ([], [])
     for (s1, s2), (t1, t2) in zip(itertools.pairwise(sources), itertools.pairwise(targets), strict=True):
         between = (
             t
             for s, t in known
-            if s1 < s < s2
-            and (rank[t1] or 0) < (rank[t] or 0) < (rank[t2] or 0)
-            and not (before and (before[t] | after[t]) >> t1 & (before[t] | after[t]) >> t2 & 1)
+            if (own[s1] or 0) < (own[s] or 0) < (own[s2] or 0)
+            and (theirs[t1] or 0) < (theirs[t] or 0) < (theirs[t2] or 0)
+            and not (graph and (before[t] | after[t]) >> t1 & (before[t] | after[t]) >> t2 & 1)
         )
         if next(between, None) is None:
             return None
     return dict(zip(sources, targets, strict=True))
+
+
+def ranks(state: Alignment) -> list[tuple[str, Rank, Rank]]:
+    """The orders that may be trusted: (in words, rank of each source, rank of each target)."""
+    sides = state.source, state.target
+    defined = [list(range(len(side.names))) for side in sides]
+    numbered = [side.numbering for side in sides]
+    return [
+        ("defined in the same order as all others", defined[0], defined[1]),
+        ("numbered in the order of definition, as all others", defined[0], numbered[1]),
+        ("defined in the order of the source's numbers, as all others", numbered[0], defined[1]),
+        ("numbered in the same order as all others", numbered[0], numbered[1]),
+    ]
+
+
+def kept_by_all(state: Alignment, own: Rank, theirs: Rank) -> list[tuple[int, int]] | None:
+    """The decided pairs in that order, if most layers are decided and no pair breaks it; else None."""
+    if not mostly_decided(state):
+        return None
+    known = sorted(
+        ((s, t) for s, t in state.solid() if own[s] is not None and theirs[t] is not None), key=lambda p: own[p[0]] or 0
+    )
+    if len(known) <= SEEN or any((theirs[a] or 0) >= (theirs[b] or 0) for (_, a), (_, b) in itertools.pairwise(known)):
+        return None
+    return known
+
+
+def in_step(state: Alignment) -> bool:
+    """Decide undecided layers between two decided ones where both sides run through the same labels in the same order.
+
+    Only in an order that every decided pair keeps, and only a layer whose neighbours in that order have other labels: of
+    two alike in a row the order could still be the other way round.
+    """
+    for reason, own, theirs in ranks(state):
+        known = kept_by_all(state, own, theirs)
+        if known is None or None in own or None in theirs:
+            continue
+        orders = [sorted(range(len(rank)), key=rank.__getitem__) for rank in (own, theirs)]  # type: ignore[arg-type]
+        segments = [
+            [list(part) for is_open, part in itertools.groupby(order, lambda n, d=done: n not in d) if is_open]  # type: ignore[misc]
+            for order, done in zip(orders, (state.pairs, state.back), strict=True)
+        ]
+        progress = False
+        for s_part, t_part in zip(*segments, strict=False):
+            labels = [state.labels[0][s] for s in s_part]
+            if len(set(labels)) < 2 or labels != [state.labels[1][t] for t in t_part]:
+                continue
+            if any(t in state.conflicts for t in t_part):
+                continue
+            for at, (s, t) in enumerate(zip(s_part, t_part, strict=True)):
+                if labels[at] not in labels[max(at - 1, 0) : at] + labels[at + 1 : at + 2]:
+                    state.decide(s, t, f"in step with its neighbours; {reason}", soft=True)
+                    progress = True
+        if progress:
+            return True
+    return False
 
 
 def mostly_decided(state: Alignment) -> bool:
