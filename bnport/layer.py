@@ -56,11 +56,12 @@ class Layer:
     kernel:    the weights that feed the layer, where known.
     inputs:    names of the BatchNorm layers whose outputs reach this one with no BatchNorm between; None: no graph known.
     notes:     what a user should know about this layer ("training mode", "epsilon of a traced graph", ...).
+    without:   why the source stores no mean and variance for this layer; "" where it does. Such a layer has no record.
     """
 
     __slots__ = (
         "_record", "assumed", "channels", "dtype", "epsilon", "inputs", "kernel", "load", "momentum", "name", "notes",
-        "stores", "tensors",
+        "stores", "tensors", "without",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +79,7 @@ class Layer:
         kernel: Kernel | None = None,
         inputs: tuple[str, ...] | None = None,
         notes: Iterable[str] = (),
+        without: str = "",
     ) -> None:
         self.name = name
         self.channels = channels
@@ -94,6 +96,7 @@ class Layer:
         self.kernel = kernel
         self.inputs = inputs
         self.notes = tuple(notes)
+        self.without = without
         self._record: BatchNorm | None = None
 
     def arrays(self) -> dict[str, Array]:
@@ -103,6 +106,8 @@ class Layer:
     @property
     def record(self) -> BatchNorm:
         """The validated record; read at the first call, then kept. Raises InvalidValue that names the layer."""
+        if self.without:
+            raise InvalidValue(f"{printable(self.name)}: {self.without}")
         if self._record is None:
             try:
                 self._record = BatchNorm(**self.arrays(), epsilon=self.epsilon)

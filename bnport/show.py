@@ -52,7 +52,8 @@ def summarise(layer: Layer, *, values: bool = True) -> Summary:
         ranges = _ranges(layer)
     except BnportError as error:
         return Summary(layer, {}, (*layer.notes, str(error)))
-    return Summary(layer, ranges, (*layer.notes, *_health(layer, ranges)))
+    without = (layer.without,) if layer.without else ()
+    return Summary(layer, ranges, (*layer.notes, *without, *_health(layer, ranges)))
 
 
 def _ranges(layer: Layer) -> dict[str, Range]:

@@ -148,6 +148,10 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
     refuses it. `format` names the adapter instead of finding it. Other options go to the adapter; one that it does not
     know is refused.
     """
+    from bnport.layer import Layers
+
+    if isinstance(source, Layers):  # read already
+        return source
     adapter = load(format) if format else find(source)
     known = adapter.read.__kwdefaults__ or {}
     given = {name: value for name, value in options.items() if value is not None}

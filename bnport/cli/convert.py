@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             args.source, args.target, epsilon=args.epsilon, force=args.force, options=common.source_options(args)
         )
         return common.finish(report, args)
+    if args.calibrate is not None:
+        return _calibrated(args)
     report = convert(
         args.source,
         args.target,
@@ -64,5 +66,39 @@ def run(args: argparse.Namespace) -> int:
         source_options=common.source_options(args),
         progress=common.progress_bar(args.json),
         **common.pairing_options(args),
+    )
+    return common.finish(report, args)
+
+
+def _calibrated(args: argparse.Namespace) -> int:
+    import argparse
+    import shlex
+
+    from bnport.calibrated import convert_calibrated
+    from bnport.cli import calibrate
+    from bnport.errors import InvalidValue
+
+    if args.only is not None or args.dry_run:
+        raise InvalidValue("--calibrate goes with neither --only nor --dry-run")
+    parser = argparse.ArgumentParser(prog="bnport convert --calibrate-options", add_help=False)
+    calibrate.configure(parser)
+    words = shlex.split(args.calibrate_options)
+    chosen = parser.parse_args([args.target, "--data", args.calibrate, "-o", args.out or "", *words])
+    pairing = common.pairing_options(args)
+    pairing.pop("target_epsilon")
+    pairing.pop("target_options")
+    report = convert_calibrated(
+        args.source,
+        args.target,
+        args.out,
+        args.calibrate,
+        calibration=calibrate.options(chosen),
+        epsilon=args.epsilon,
+        momentum=args.momentum,
+        source_options=common.source_options(args),
+        force=args.force,
+        run=args.run,
+        progress=common.progress_bar(args.json),
+        **pairing,
     )
     return common.finish(report, args)

@@ -1,0 +1,133 @@
+"""A source that stores no statistics: gamma, beta and epsilon come from it, mean and variance from data.
+
+Some layers normalise each batch by itself (track_running_stats=False, SegNet's LEARN nets, exports in training mode), so
+their source holds no fixed function to port. Given data, the target gets the source's gamma, beta and epsilon first, then
+its own mean and variance are computed on the data with those in place, and the whole is converted and checked as usual.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from bnport import adapters
+from bnport.containers.files import TEMPORARY, check_output
+from bnport.convert import convert, map_paths, pair
+from bnport.errors import InvalidValue, Unrepresentable, printable
+from bnport.layer import Layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from bnport.calibrate.result import Calibration
+    from bnport.layer import Layer
+    from bnport.record import Array
+    from bnport.verify import Report
+
+
+def convert_calibrated(
+    source: Any,
+    target: Any,
+    out: str | os.PathLike[str] | None,
+    data: Any,
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    map: Mapping[str, str] | None = None,
+    skip: Iterable[str] = (),
+    only_under: str | None = None,
+    epsilon: float | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+    **options: Any,
+) -> Report:
+    """`convert`, with mean and variance computed from `data` for the layers whose source stores none.
+
+    If every layer of the source has statistics, all are computed anew: that is what was asked for. target: a whole Keras
+    model, as a file or live. data, calibration: as for bnport.calibrate (method=, batch_size=, images=, ...). The other
+    arguments are those of `convert`. Note that the model is run for this, with Keras.
+
+    Raises what `convert` and `calibrate` raise; Unrepresentable if a target layer without gamma or beta would have to
+    absorb one into statistics that are not known yet. Nothing is written then.
+    """
+    live = not isinstance(target, str | os.PathLike)
+    if not live:
+        if out is None:
+            raise InvalidValue("out: name the file to make; the target file itself is never changed")
+        check_output(os.fspath(out), force=force, inputs=map_paths(source, target))
+    sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
+    targets = adapters.read_some(target)
+    match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
+    match.raise_if_bad()
+    chosen = {t: s for t, s in match.pairs.items() if sources[s].without} or dict(match.pairs)
+    _check_held(sources, targets, chosen)
+    arrays = {s: targets[t].arrays() for t, s in chosen.items()}
+    stand_ins = {s: (held["mean"].copy(), held["variance"].copy()) for s, held in arrays.items()}
+    pairing: dict[str, Any] = {"map": map, "skip": skip, "only_under": only_under}
+    calibration = {"progress": progress, **(calibration or {}), "layers": list(chosen)}
+    started = _with_statistics(sources, stand_ins, "")
+    if live:
+        from bnport.calibrate.run import calibrate
+
+        before = {name: layer.but(load=_kept(layer)) for name, layer in targets.items()}
+        convert(started, target, **pairing, run=False)
+        try:
+            result = calibrate(target, data, **calibration)
+        except BaseException:
+            convert(Layers(before.values(), source="the model as it was", format=targets.format), target, run=False)
+            raise
+    else:
+        from bnport.calibrate.file import calibrate_file
+
+        folder = os.path.dirname(os.path.abspath(os.fspath(out or "")))
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
+            staged, done = (os.path.join(temporary, f"{n}-{os.path.basename(os.fspath(target))}") for n in "12")
+            convert(started, target, staged, **pairing)
+            result = calibrate_file(staged, data, done, **calibration)
+    found = {chosen[layer.name]: (layer.mean, layer.variance) for layer in result.layers}
+    completed = _with_statistics(sources, found, _said(result, data))
+    return convert(completed, target, out, **pairing, force=force, progress=progress, **options)
+
+
+def _check_held(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> None:
+    for target, source in pairs.items():
+        held = sources[source].arrays()
+        for field, neutral in (("gamma", 1), ("beta", 0)):
+            if field not in targets[target].stores and field in held and (held[field] != neutral).any():
+                raise Unrepresentable(
+                    f"{printable(target)}: has no {field}, and the source's {field} is not {neutral}; with statistics from"
+                    f" data it cannot be absorbed. Use a target whose layer has a {field}"
+                )
+
+
+def _kept(layer: Layer) -> Callable[[], Mapping[str, Array]]:
+    arrays = {field: array.copy() for field, array in layer.arrays().items()}
+    return lambda: arrays
+
+
+def _with_statistics(sources: Layers, statistics: Mapping[str, tuple[Array, Array]], note: str) -> Layers:
+    """The source's layers, those of `statistics` with these (mean, variance) in place of their own."""
+
+    def filled(layer: Layer) -> Layer:
+        if layer.name not in statistics:
+            return layer
+        mean, variance = statistics[layer.name]
+        held = {field: array for field, array in layer.arrays().items() if field in ("gamma", "beta")}
+        notes = (*layer.notes, note) if note else layer.notes
+        return layer.but(
+            load=lambda: {**held, "mean": mean, "variance": variance},
+            without="",
+            tensors=None,
+            stores=layer.stores | {"mean", "variance"},
+            notes=notes,
+        )
+
+    return Layers(
+        (filled(layer) for layer in sources.values()), source=sources.source, format=sources.format, notes=sources.notes
+    )
+
+
+def _said(result: Calibration, data: Any) -> str:
+    where = printable(data) if isinstance(data, str | os.PathLike) else "the data given"
+    return f"mean and variance computed from {where} ({result.method}, {result.samples} samples)"
