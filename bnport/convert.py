@@ -49,7 +49,7 @@ def convert(
 ) -> Report:
     """Write the BatchNorm parameters of `source` into `target`, and prove the result.
 
-    source: a file or a live object of any readable format.
+    source: a file or a live object of any readable format, or Layers that were read from one.
     target: a file (then the result is the new file `out`; `target` itself is not touched) or a live model, which is
         written in place.
     map: target layer -> source layer, patterns allowed; skip: patterns of layers to leave out, on either side;
@@ -235,12 +235,16 @@ def pair(
 
 
 def _source_engine(source: Any, epsilon: float | None, options: Mapping[str, Any] | None) -> Engine | None:
+    if isinstance(source, Layers):
+        return None
     name = (options or {}).get("format")
     adapter = adapters.load(name) if name else adapters.find(source)
     return engine_of(adapter, source, epsilon=epsilon, options=options)
 
 
 def _path(model: Any) -> str | None:
+    if isinstance(model, Layers):
+        return model.source if os.path.isfile(model.source) else None
     return os.fspath(model) if isinstance(model, str | os.PathLike) else None
 
 
