@@ -614,6 +614,36 @@ def test_v1_layers_are_said_and_read_when_a_prototxt_names_their_types(files):
     assert layers["bn1"].kernel.shape == (7, 3, 1, 1)
 
 
+def test_an_hdf5_caffemodel_of_another_name_is_told_from_keras_files(tmp_path):
+    import shutil
+
+    import keras
+
+    fixtures = os.path.join(os.path.dirname(__file__), "..", "..", "fixtures")
+    renamed = str(tmp_path / "weights.h5")
+    shutil.copy(os.path.join(fixtures, "caffe", "bvlc.caffemodel.h5"), renamed)
+    assert adapters.find(renamed).__name__ == "bnport.adapters.caffe"
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="data")], name="data")
+    model.save_weights(tmp_path / "keras.weights.h5")
+    model.save(tmp_path / "keras.h5")
+    for name in ("keras.weights.h5", "keras.h5"):
+        assert adapters.find(str(tmp_path / name)).__name__ == "bnport.adapters.keras"
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"\n<!DOCTYPE html>", "web page")],
+)
+def test_what_a_failed_download_leaves_is_said(files, data, why):
+    files.save(data, text="")
+    with pytest.raises(FormatError, match=why):
+        files.read()
+    message = net(batch_norm("bn", one(), "data"))
+    message.name = "n" * ord("<")  # begins with a line feed and this very sign
+    files.save(message)
+    assert list(files.read()) == ["bn"]
+
+
 def test_a_net_without_batch_norm_says_what_it_holds(files):
     merged = layer("s", "Scale", "data", "s", [np.ones(3, np.float32)])
     files.save(net(merged, layer("odd", "SyncBatchNorm", "s", "t", [np.ones(3, np.float32)] * 4)))

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from bnport.layer import Change
     from bnport.record import Array
 
-SUFFIXES = (".caffemodel", ".prototxt")
+SUFFIXES = (".caffemodel", ".prototxt", ".h5", ".hdf5")
 PACKAGES: tuple[str, ...] = ()
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"  # as in net.py, which a look at a file's first bytes need not import
@@ -53,9 +53,9 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"  # as in net.py, which a look at a file's first byt
 def recognise(head: bytes, path: str) -> bool:
     """By name, since neither wire format nor text has a signature; a file of another name by its first layer."""
     name = os.path.basename(path).lower()
-    if head.startswith(_HDF5):
-        return ".caffemodel" in name  # Caffe writes <prefix>_iter_<n>.caffemodel.h5
-    if name.endswith(SUFFIXES):
+    if head.startswith(_HDF5):  # Caffe writes <prefix>_iter_<n>.caffemodel.h5
+        return ".caffemodel" in name or _root_names(head) in ({b"data"}, {b"data", b"diff"})
+    if name.endswith(SUFFIXES[:2]):
         return bool(head)
     return _starts_like_a_net(head)
 
@@ -168,6 +168,22 @@ def choices(stat: str | None, blob_order: str | None, allow_untrained: bool | st
             raise InvalidValue(f"allow_untrained: expected true or false, got {printable(allow_untrained, 40)!r}")
         allow_untrained = words[allow_untrained.lower()]
     return Choices(stat, blob_order, bool(allow_untrained))
+
+
+def _root_names(head: bytes) -> set[bytes]:
+    """What lies in the root group of an HDF5 file in the first bytes, where the library puts it by default; or nothing.
+
+    Superblock version 0: the root entry's scratch space gives the address of its local heap, which holds the names.
+    """
+    import struct
+
+    if len(head) < 96 or head[8] != 0 or head[72] != 1:
+        return set()
+    (heap,) = struct.unpack_from("<Q", head, 88)
+    if heap + 32 > len(head) or head[heap : heap + 4] != b"HEAP":
+        return set()
+    size, free, data = struct.unpack_from("<QQQ", head, heap + 8)
+    return set(filter(None, head[data : data + min(size, free)].split(b"\0")))
 
 
 def _starts_like_a_net(head: bytes) -> bool:

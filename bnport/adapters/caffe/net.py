@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 1 << 16
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_NO_MODELS = {
+    b"version https://git-lfs": "a Git LFS pointer in the model's place; fetch the model itself (git lfs pull)",
+    b"<!doctype": "a web page in the model's place; the download failed",
+    b"<html": "a web page in the model's place; the download failed",
+}
 
 # type -> (field numbers of its parameters in LayerParameter, their name in text, setting -> (number, kind)).
 # Forks use some numbers twice (137 is BVLC's embed_param and yjxiong's bn_param), so a layer's type decides what is read.
@@ -136,7 +141,11 @@ class Net:
         self.file = file
         if not file.size:
             raise FormatError(f"{printable(path)}: an empty file")
-        if file.pread(0, min(file.size, len(HDF5_SIGNATURE))) != HDF5_SIGNATURE:
+        head = file.pread(0, min(file.size, 64))
+        for start, what in _NO_MODELS.items():
+            if head.lstrip().lower().startswith(start):
+                raise FormatError(f"{printable(path)}: {what}")
+        if not head.startswith(HDF5_SIGNATURE):
             self.buffer = Buffer(file)
             self.held = list(self._binary(self.buffer))
             self.typed = True
