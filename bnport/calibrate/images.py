@@ -163,7 +163,11 @@ def find_images(path: str, recursive: bool = True) -> tuple[list[str], list[str]
     if not os.path.isdir(path):
         return [path], []
     found, others = [], 0
-    for folder, folders, names in os.walk(path):
+
+    def unreadable(error: OSError) -> None:
+        raise NotFound(f"{printable(error.filename)}: cannot be listed: {error.strerror}")
+
+    for folder, folders, names in os.walk(path, onerror=unreadable):
         folders.sort()
         if not recursive:
             folders.clear()
