@@ -152,12 +152,13 @@ def test_epsilon_from_the_onnx_attribute_is_not_marked_assumed():
         assert_within_bound(onnx_files.run(made, x), layer.record, x)
 
 
-def test_an_absent_momentum_is_the_operators_default_and_1_is_not_carried_over():
+def test_an_absent_momentum_is_the_operators_default_and_1_and_0_are_not_carried_over():
     (layer,) = adapter.read(onnx_files.model([telling_record()], momentum=None)).values()
     assert layer.momentum == 0.9
-    (layer,) = adapter.read(onnx_files.model([telling_record()], momentum=1.0)).values()
-    assert layer.momentum is None
-    assert "momentum 1.0" in layer.notes[0]
+    for momentum in (1.0, 0.0):
+        (layer,) = adapter.read(onnx_files.model([telling_record()], momentum=momentum)).values()
+        assert layer.momentum is None
+        assert f"momentum {momentum}" in layer.notes[0]
 
 
 def test_spatial_0_is_taken_where_it_has_one_value_per_channel_and_refused_where_it_has_more():

@@ -98,16 +98,18 @@ def layer_of(found: Found, name: str, source: str, inputs: tuple[str, ...] | Non
     notes = _mode(found, where, held.unknown)
     epsilon = _number(found, "epsilon", EPSILON, where)
     momentum: float | None = meant_epsilon(_number(found, "momentum", MOMENTUM, where))
-    if momentum == 1:
-        momentum = None
+    if momentum in (0, 1):
         notes.append(
-            "momentum 1.0, which PyTorch's exporters write for momentum=None (a cumulative average): not carried over,"
-            " as statistics that keep all of the old never change"
+            f"momentum {momentum}, which PyTorch's exporters write for momentum=None (a cumulative average): not carried over,"
+            f" as statistics that keep {'all' if momentum else 'nothing'} of the old"
+            f" {'never change' if momentum else 'are those of the last batch'}"
         )
+        momentum = None
     unknown = held.unknown
     if not unknown and not held.channels:
         raise FormatError(f"{where}: how many channels there are is known at run time only")
-    if unknown:
+    only_statistics = bool(unknown) and set(unknown) <= {"mean", "variance"}
+    if unknown and not only_statistics:
         notes.append(_refusal(unknown))
     tensors = {
         field: value.tensor
@@ -121,19 +123,20 @@ def layer_of(found: Found, name: str, source: str, inputs: tuple[str, ...] | Non
             epsilon=epsilon,
             load=lambda: _numbers(held, where),
             momentum=momentum,
-            stores=(*FIELDS, "epsilon", "momentum"),
+            stores={*FIELDS, "epsilon", "momentum"} - (set(unknown) if only_statistics else set()),
             dtype=held.dtype,
             tensors=tensors if len(tensors) == len(FIELDS) else None,
             kernel=kernel_of(found.scope, found.node.inputs[0]),
             inputs=inputs,
             notes=notes,
+            without=_refusal(unknown) if only_statistics else "",
         )
     except InvalidValue as error:
         raise FormatError(f"{printable(source)}: {error}") from None
 
 
 def _numbers(held: Parameters, where: str) -> Mapping[str, Array]:
-    if held.unknown:
+    if not set(held.unknown) <= {"mean", "variance"}:
         raise InvalidValue(f"{where}: {_refusal(held.unknown)}")
     arrays = {}
     for field, value in held.values.items():
@@ -149,7 +152,8 @@ def _refusal(unknown: Mapping[str, Unknown]) -> str:
     if any(value.batch for value in unknown.values()):
         return (
             f"cannot be converted: {fields} are computed from each batch (track_running_stats=False, or statistics of the"
-            " instance), so there are no stored statistics; bnport calibrate makes some from data, or skip the layer"
+            " instance), so there are no stored statistics; bnport convert --calibrate DATA (or bnport calibrate) makes"
+            " some from data, or skip the layer"
         )
     return f"cannot be converted: {fields} {first.why}; store it in the file as an initializer, or skip the layer"
 
@@ -168,7 +172,11 @@ def _mode(found: Found, where: str, unknown: Mapping[str, Unknown]) -> list[str]
         moved = "torch" in found.scope.model.producer
         notes.append(
             "exported in training mode; the running statistics in the file are taken, as at inference"
-            + (" (PyTorch's exporter ran the model once in that mode, which moved them a little)" if moved else "")
+            + (
+                " (PyTorch's exporter ran the model once in that mode, which moved them: they are not the checkpoint's)"
+                if moved
+                else ""
+            )
         )
     if opset < 9 and not _integer(found, "spatial", 1, where):
         notes.append("spatial=0 with one value per channel, as MXNet's exporter wrote; taken as spatial=1")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnport.containers.protobuf import Span, Value
 
 DEFAULT_DOMAIN = ("", "ai.onnx")
-MOST_NODES = 500_000  # of real models, unrolled ones of some 100 000 nodes are the largest
+MOST_NODES = 300_000  # of real models, unrolled ones of some 100 000 nodes are the largest
 _MOST_VALUES = 1 << 20  # in an attribute
 _WITH_SUBGRAPHS = {"If", "Loop", "Scan", "SequenceMap"}
 
