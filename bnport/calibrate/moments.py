@@ -18,7 +18,8 @@ Error of the variance: `moments` subtracts a shift near the mean before it squar
 where the shift turns out to be more than one standard deviation off. With u = 2**-53 and N elements in the array, no
 variance is further from exact than 3 * (1100 + N / 8e6) * u, relative (each of the three sums that it is made of has at
 most so many additions in a row): below 1e-12 up to N = 1e10. In practice it is 1e-14; a merge adds a few u per level.
-Integers of magnitude up to 2**21 are summed exactly and rounded once (`ExactMoments` stays exact through any merges).
+(Deviations below 1e-154 have squares that underflow.) Integers of magnitude up to 2**21 are summed exactly and rounded
+once; `ExactMoments` stays exact through any merges.
 """
 
 from __future__ import annotations
