@@ -310,8 +310,8 @@ def test_a_parameter_that_is_fed_at_run_time_is_refused_with_the_reason_and_the_
     made = graph_model([norm()], [t for t in tensors(record) if t.name != "mean"], inputs=fed)
     (layer,) = adapter.read(made).values()
     assert layer.channels == 7
-    assert "mean is fed at run time (graph input 'mean')" in layer.notes[0]
-    with pytest.raises(InvalidValue, match=r"'bn'.*fed at run time"):
+    assert "mean is fed at run time (graph input 'mean')" in layer.without
+    with pytest.raises(InvalidValue, match=r"bn: .*fed at run time"):
         layer.record  # noqa: B018
     for refused in (lambda: adapter.run(made, "bn", np.zeros((1, 7), np.float32)),
                     lambda: adapter.apply(made, {"bn": Change(record, frozenset({"gamma"}))})):  # fmt: skip
