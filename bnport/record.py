@@ -55,7 +55,9 @@ def _vector(name: str, value: ArrayLike) -> Array:
     if array.ndim != 1 or array.size == 0:
         raise InvalidValue(f"{name}: expected shape (channels,) with at least one channel, got {array.shape}")
     copy = np.array(array, dtype=np.float32 if array.dtype.char == "f" else np.float64)
-    if not math.isfinite(np.dot(copy, copy)):  # one fast pass; it overflows for some finite values too
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.dot(copy, copy)
+    if not math.isfinite(square):  # one fast pass; it overflows for some finite values too
         finite = np.isfinite(copy)
         if not finite.all():
             channel = int(np.argmin(finite))
