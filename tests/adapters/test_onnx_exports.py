@@ -112,6 +112,32 @@ def test_nothing_is_said_to_be_folded_where_nothing_was():
         assert adapter.read(str(FIXTURES / name)).notes == ()
 
 
+def test_a_convolution_whose_batchnorm_is_still_there_is_not_said_to_hold_one():
+    """Though its output is named after the BatchNorm that follows."""
+    from tests.adapters.contract import telling_record
+    from tests.adapters.onnx_files import graph_model, norm, tensors
+
+    weight = onnx_files.raw(np.ones((7, 7), np.float32), "w")
+    dense = onnx.helper.make_node("Gemm", ["x", "w"], ["dense_bn_1"])
+    weights = [*tensors(telling_record()), weight]
+    assert adapter.read(graph_model([dense, norm(x="dense_bn_1")], weights)).notes == ()
+    (note,) = adapter.read(graph_model([dense, onnx.helper.make_node("Relu", ["dense_bn_1"], ["y"])], weights)).notes
+    assert "probably folded into 1 layer (dense_bn_1)" in note
+
+
+@pytest.mark.parametrize("name", [*KEPT, "torchscript-training.onnx"])
+def test_writing_what_is_there_already_gives_the_same_file_byte_for_byte(name, tmp_path):
+    from bnport.layer import Change
+
+    path, out = FIXTURES / name, tmp_path / "out.onnx"
+    changes = {}
+    for layer in adapter.read(str(path)).values():
+        fields = {"mean", "variance", "epsilon"} if layer.name == "bn3" else {*FIELDS, "epsilon"}  # bn3 is affine=False
+        changes[layer.name] = Change(layer.record, frozenset(fields))
+    adapter.write(str(path), changes, str(out))
+    assert out.read_bytes() == path.read_bytes()
+
+
 def test_a_network_without_any_trace_of_batchnorm_is_told_how_to_export_it():
     weight = onnx_files.raw(np.ones((2, 2), np.float32), "w")
     made = onnx.helper.make_model(

@@ -37,14 +37,17 @@ def notes(walk: Walk) -> list[str]:
     sure: list[str] = []
     likely: list[str] = []
     optimiser = ""
+    kept = {(found.scope, found.node.inputs[0]) for found in walk.found if found.node.inputs}
     for scope, node in walk.weighted:
         certain, what = _signs(scope, node)
+        if any((scope, output) in kept for output in node.outputs):
+            continue  # its BatchNorm is still there, whatever the names say
         if what:
             (sure if certain else likely).append(what)
             if "ConvBnFusion" in " ".join(node.inputs):
                 optimiser = "onnxruntime"
     advice = _ADVICE[optimiser or _family(walk.model.producer)]
-    found = []
+    found: list[str] = []
     if sure:
         found.append(f"BatchNorm was folded into {len(sure)} {_layers(sure)} ({listed(sure)}).")
     if likely:
