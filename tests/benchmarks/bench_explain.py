@@ -1,6 +1,6 @@
 """How often `explain` names the mistake that was made, another one, or none: a confusion table over generated cases.
 
-    python tests/benchmarks/bench_explain.py [cases per mistake, default 1000] [seed]
+    python tests/benchmarks/bench_explain.py [cases per mistake, default 1000] [seed] [widths, default 8,16,...,256]
 
 Every case is made by the frameworks' own calls on statistics like those of trained networks (tests/explain/mistakes.py).
 """
@@ -17,15 +17,16 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import numpy as np
 
 from bnport.explain import explain
+from tests.explain import mistakes
 from tests.explain.mistakes import CASES
 
 
-def main(count: int = 1000, seed: int = 0, only: str = "") -> None:
+def main(count: int = 1000, seed: int = 0, widths: str = "") -> None:
+    if widths:
+        mistakes.WIDTHS = tuple(map(int, widths.split(",")))
     print(f"{'made':42} {'named':>7} {'missed':>7} {'wrong':>7}   what else was named")
     spent, total, wrong_total, silent_wrong = 0.0, 0, 0, 0
     for number, (name, (expected, make)) in enumerate(CASES.items()):
-        if only not in name:
-            continue
         right = missed = wrong = 0
         others: collections.Counter[str] = collections.Counter()
         for case in range(count):

@@ -239,9 +239,9 @@ def channels_permuted(rng):
     index = torch.from_numpy(rng.permutation(count))
     if kind == 0:
         index = torch.arange(count).flip(0)
-    elif kind == 1:
+    elif kind == 1 and count > 1:
         index = torch.roll(torch.arange(count), int(rng.integers(1, count)))
-    elif kind == 2:
+    elif kind == 2 and count % 2 == 0:
         index = torch.nn.ChannelShuffle(2)(torch.arange(count).float().reshape(1, count, 1, 1)).flatten().long()
     return written(module, [t[index] for t in tensors(module)])
 
