@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
@@ -24,7 +25,19 @@ if TYPE_CHECKING:
     from bnport.calibrate.result import Calibration, LayerStatistics
     from bnport.layer import Layer
 
-_OWN_MODULES = ("keras", "tf_keras", "builtins", "keras_core")
+# Where the parts of a model come from. Not keras.utils or keras.saving: they download, unpack and load.
+_KERAS = re.compile(
+    r"(tf_)?keras(\.src)?(\.(layers|models|engine|activations|initializers|regularizers|constraints|ops|random"
+    r"|optimizers|losses|metrics|dtype_policies|quantizers|distribution)(\.\w+)*)?"
+)
+# Operations that Keras 2 wrote as layers. Not tf.io, tf.py_function, tf.load_op_library and the like.
+_TENSORFLOW = re.compile(
+    r"(compat\.v1\.)?(math|nn|image|linalg|signal|random|bitwise|strings|__operators__)\.[\w.]+|\w*(add|sub|mul|div|pow|max|min)\w*"
+    r"|cast|reshape|concat|stack|unstack|squeeze|expand_dims|transpose|pad|shape|split|slice|strided_slice|where|tile|gather"
+    r"|one_hot|identity|clip_by_value|zeros|ones|fill|range|rank|size|convert_to_tensor|zeros_like|ones_like|abs|exp|sqrt"
+    r"|square|tanh|sigmoid|round|sign|cos|sin|reverse|roll|repeat|meshgrid|cumsum|matmul|tensordot|einsum|norm|argsort|sort"
+    r"|reduce_\w+|broadcast_to|stop_gradient|equal|not_equal|greater\w*|less\w*|logical_\w+|boolean_mask|ensure_shape"
+)
 _LARGEST_CONFIG = 64 << 20
 
 
@@ -42,9 +55,9 @@ def calibrate_file(
     check_output(out, force=force, inputs=[path])
     from bnport.calibrate.run import calibrate
 
-    adapters.read_head(path)  # says what is wrong with a path
-    model = load(path)
-    held = adapters.read(path, format="keras")
+    version = check_config(path)
+    held = adapters.read(path, format="keras")  # strict about the file, before Keras reads it its own way
+    model = load(path, version)
     result = calibrate(model, data, **options)
     gone = [layer.name for layer in result.layers if layer.name not in held]
     if gone:
@@ -73,8 +86,9 @@ def _change(layer: Layer, new: LayerStatistics) -> Change:
     return Change(record, frozenset({"mean", "variance"}))
 
 
-def load(path: str) -> Any:
-    """The live model in a file, built by Keras 3, or by tf_keras where Keras 2 wrote it. Nothing is compiled."""
+def check_config(path: str) -> str:
+    """The Keras version that wrote the file. FormatError unless it holds a whole model made of Keras' own parts only."""
+    adapters.read_head(path)  # says what is wrong with a path
     config, version = _config(path)
     refused = sorted(set(_foreign(config)))
     if refused:
@@ -82,8 +96,12 @@ def load(path: str) -> Any:
             f"{printable(path)}: holds {listed(refused, 4)}, which this command does not run from a file; load the model"
             " yourself and call bnport.calibrate(model, data)"
         )
-    old = version.startswith("2.")
-    keras = _import("tf_keras" if old else "keras", path, version)
+    return version
+
+
+def load(path: str, version: str) -> Any:
+    """The live model in a file, built by Keras 3, or by tf_keras where Keras 2 wrote it. Nothing is compiled."""
+    keras = _import("tf_keras" if version.startswith("2.") else "keras", path, version)
     try:
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # whatever a builder of arbitrary configs raises
@@ -147,18 +165,24 @@ def _h5_config(path: str) -> tuple[Any, str]:
 
 
 def _foreign(config: Any) -> Iterator[str]:
-    """What in a config is code, or needs code that is not Keras' own."""
+    """What in a config is code, reaches beyond computing, or needs classes that are not Keras' own."""
     waiting = [config]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict):
-            name, module = value.get("class_name"), value.get("module")
-            if name == "Lambda" or name == "__lambda__" or value.get("function_type") == "lambda":
-                yield "a Lambda layer"
-            elif isinstance(name, str) and value.get("registered_name") and module is None:
-                yield f"the custom class {printable(value['registered_name'])}"
-            if isinstance(module, str) and module.split(".")[0] not in _OWN_MODULES:
-                yield f"{printable(name)} of the module {printable(module)}"
-            waiting += value.values()
-        elif isinstance(value, list):
+        if isinstance(value, list):
             waiting += value
+        if not isinstance(value, dict):
+            continue
+        name, module = value.get("class_name"), value.get("module")
+        if name in ("Lambda", "__lambda__") or value.get("function_type") == "lambda":
+            yield "a Lambda layer"
+        elif isinstance(name, str) and value.get("registered_name") and module is None:
+            yield f"the custom class {printable(value['registered_name'])}"
+        elif isinstance(name, str) and name.endswith("OpLambda"):
+            inner = value.get("config")
+            function = inner.get("function") if isinstance(inner, dict) else None
+            if function is not None and not _TENSORFLOW.fullmatch(str(function)):
+                yield f"a call of tf.{printable(function)}"
+        if module is not None and not _KERAS.fullmatch(str(module)):
+            yield f"{printable(name)} of the module {printable(module)}"
+        waiting += [inner for key, inner in value.items() if key != "compile_config"]  # nothing is compiled

@@ -89,7 +89,8 @@ class Norm:
         """
         values = [mean, variance]
         if self.renorm:
-            stddev = np.sqrt(variance + self.epsilon)
+            stored = variance.astype(self.before[1].dtype).astype(np.float64)
+            stddev = np.sqrt(stored + self.epsilon)  # of what is stored, as a writer of files has it
             values += [stddev, mean, stddev]
         for variable, value, old in zip(self._variables(), values, self.before, strict=True):
             with np.errstate(over="ignore", under="ignore"):

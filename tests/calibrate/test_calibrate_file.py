@@ -167,6 +167,12 @@ def test_code_in_a_file_is_refused_before_keras_sees_it(made, tmp_path, monkeypa
         "system of the module subprocess": lambda c: c["config"]["layers"][1]["config"].update(
             activation={"module": "subprocess", "class_name": "system", "config": {}}
         ),
+        "function of the module keras.utils": lambda c: c["config"]["layers"][1]["config"].update(
+            activation={"module": "keras.utils", "class_name": "function", "config": "get_file"}
+        ),
+        "a call of tf.io.write_file": lambda c: c["config"]["layers"][1].update(
+            class_name="TFOpLambda", config={"function": "io.write_file"}
+        ),
     }
     for message, change in cases.items():
         bad = rewritten(path, str(tmp_path / "bad.keras"), change)
