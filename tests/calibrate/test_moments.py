@@ -40,7 +40,7 @@ def assert_close_to_rational(found, x, ulps=50):
         held = Fraction(float(found.mean[c])) + Fraction(float(found.mean_low[c]))
         slack = Fraction(2.0**-100) * abs(mean) + Fraction(2) ** -510
         assert abs(held - mean) <= ulps * Fraction(U) * Fraction(spread) + slack
-        assert found.mean[c] == pytest.approx(float(mean), rel=4 * U, abs=4 * U * spread + 1e-150)
+        assert found.mean[c] == pytest.approx(float(mean), rel=4 * U, abs=ulps * U * spread + 1e-150)
 
 
 CASES = [(1e4, 1e-2), (1e4, 1.0), (0.5, 0.25), (1e2, 1e-2), (-3e-4, 2e-3), (0.0, 1.0)]
