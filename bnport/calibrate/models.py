@@ -207,16 +207,16 @@ class LiveModel:
 
     def mask_of(self, tensor: Any) -> Any:
         """The Keras mask that travels with a tensor, or None."""
-        if self.version == 3:
-            return self.keras.src.backend.get_keras_mask(tensor)
-        return getattr(tensor, "_keras_mask", None)
+        get = getattr(self.keras.src.backend, "get_keras_mask", None)  # not in Keras 2 and the first of Keras 3
+        return getattr(tensor, "_keras_mask", None) if get is None else get(tensor)
 
     def set_mask(self, tensor: Any, mask: Any) -> Any:
         """`tensor` with the mask attached."""
-        if self.version == 3:
-            self.keras.src.backend.set_keras_mask(tensor, mask)
-        else:
+        put = getattr(self.keras.src.backend, "set_keras_mask", None)
+        if put is None:
             tensor._keras_mask = mask
+        else:
+            put(tensor, mask)
         return tensor
 
     def values(self, norm: Norm, x: Any) -> Array:

@@ -273,6 +273,38 @@ def test_data_that_do_not_fit_are_refused_and_nothing_changes():
     assert all(a.tobytes() == b.tobytes() for a, b in zip(before, nets.held(model), strict=True))
 
 
+def test_the_kind_of_data_changes_no_bit(tmp_path):
+    import tensorflow as tf
+    import torch
+
+    x, labels = nets.data(), np.arange(70)
+    np.save(tmp_path / "x.npy", x)
+
+    class Items(keras.utils.PyDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, k):
+            return x[16 * k : 16 * k + 16], labels[16 * k : 16 * k + 16]
+
+    tensors = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(labels))
+    kinds = {
+        "array": (x, 16),
+        "file": (str(tmp_path / "x.npy"), 16),
+        "tf.data": (tf.data.Dataset.from_tensor_slices((x, labels)).batch(16), None),
+        "DataLoader": (torch.utils.data.DataLoader(tensors, batch_size=16), None),
+        "PyDataset": (Items(), None),
+        "generator": (nets.batches_of(x, 16), None),
+    }
+    model, found = nets.branches(), {}
+    for kind, (data, size) in kinds.items():
+        result = calibrate(model, data, batch_size=size)
+        assert (result.samples, result.batches) == (70, 5), kind
+        found[kind] = [a.tobytes() for a in nets.held(model)]
+        result.undo()
+    assert all(bits == found["array"] for bits in found.values())
+
+
 def test_one_number_per_channel_has_no_unbiased_variance():
     i = keras.Input((4,))
     model = keras.Model(i, L.BatchNormalization()(i))
