@@ -177,6 +177,32 @@ def test_tensors_that_the_exporter_shared_between_roles_are_read_by_position():
             np.testing.assert_array_equal(getattr(layer.record, field), np.full(3, value, np.float32))
 
 
+def test_a_function_that_pytorch_exported_is_a_layer_for_each_module_under_its_name(tmp_path):
+    from bnport.layer import Change
+    from tests.adapters.contract import assert_same_bits, telling_record
+
+    path, out = str(FIXTURES / "torchscript-functions.onnx"), str(tmp_path / "out.onnx")
+    layers = adapter.read(path)
+    assert {name: layer.inputs for name, layer in layers.items()} == {"a.bn": (), "b.bn": ("a.bn",), "c.bn": ("b.bn",)}
+    assert [layer.kernel.name for layer in layers.values()] == ["a.conv.weight", "b.conv.weight", "c.conv.weight"]
+    for layer in layers.values():
+        arrays, epsilon = theirs("torch", layer.name)
+        assert layer.epsilon == epsilon
+        for field, array in arrays.items():
+            assert getattr(layer.record, field).tobytes() == array.tobytes()
+        x = layer.record.probes().astype(np.float32)
+        for y in adapter.run(path, layer.name, x).values():
+            assert_within_bound(y, layer.record, x)
+    new = telling_record(3, epsilon=1e-3)
+    adapter.write(path, {"b.bn": Change(new, frozenset({*FIELDS, "epsilon"}))}, out)
+    again = adapter.read(out)
+    assert_same_bits(again["b.bn"].record, new)
+    for name in ("a.bn", "c.bn"):
+        assert_same_bits(again[name].record, layers[name].record)
+    with pytest.raises(InvalidValue, match="function"):
+        adapter.write(path, {"b.bn": Change(new.replace(epsilon=0.5), frozenset({"epsilon"}))}, out)
+
+
 def test_writing_a_shared_tensor_leaves_the_other_layer_alone(tmp_path):
     from bnport.layer import Change
     from tests.adapters.contract import assert_same_bits, telling_record

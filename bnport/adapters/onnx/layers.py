@@ -288,15 +288,19 @@ def _plain_name(found: Found) -> str:
 
 
 def _module_path(found: Found) -> str | None:
-    if found.affine or found.scope.label:
+    if found.affine:
         return None
     noted = scope_path(found.node.metadata.get(_TORCH_SCOPES, ""))
-    if noted:
+    if noted and not found.scope.label:
         return noted
     prefixes: list[str] = []
     for field, ending in _TORCH_ENDINGS.items():
         position = POSITIONS[field]
-        name = _MADE_HERE.sub("", found.node.inputs[position] if position < len(found.node.inputs) else "")
+        name = found.node.inputs[position] if position < len(found.node.inputs) else ""
+        scope, name = found.scope.origin(name)  # out of functions, to what the call was given
+        if scope.label:
+            return None
+        name = _MADE_HERE.sub("", name)
         if name.endswith(ending):
             prefixes.append(name[: -len(ending)])
         elif name.endswith(tuple(_TORCH_ENDINGS.values())):
