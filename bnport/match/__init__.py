@@ -77,6 +77,7 @@ def match(
         left_targets=left_t,
         source=getattr(sources, "source", "the source"),
         target=getattr(targets, "source", "the target"),
+        source_notes=getattr(sources, "notes", ()),
     )
 
 

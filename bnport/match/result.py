@@ -41,7 +41,7 @@ class Match:
 
     __slots__ = (
         "ambiguous", "evidence", "left_sources", "left_targets", "mismatched", "missing", "pairs", "source",
-        "target", "unexpected",
+        "source_notes", "target", "unexpected",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +57,7 @@ class Match:
         left_sources: Iterable[str] = (),
         source: str = "the source",
         target: str = "the target",
+        source_notes: Iterable[str] = (),
     ) -> None:
         self.pairs = dict(pairs)
         self.missing = tuple(missing)
@@ -68,6 +69,7 @@ class Match:
         self.left_sources = tuple(left_sources)
         self.source = source
         self.target = target
+        self.source_notes = tuple(source_notes)  # may say why layers are missing: an exporter folded them away
 
     @property
     def complete(self) -> bool:
@@ -106,7 +108,8 @@ class Match:
             parts.append(f"unexpected, not in {target}: {listed(self.unexpected)} of {source}")
         if not parts:
             return ""
-        return "; ".join(parts) + ". " + self._advice()
+        why = " ".join(self.source_notes) + " " if self.missing and self.source_notes else ""
+        return "; ".join(parts) + ". " + why + self._advice()
 
     def _advice(self) -> str:
         advice = []

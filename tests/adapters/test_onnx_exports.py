@@ -158,6 +158,18 @@ def test_the_command_line_says_that_everything_was_folded_and_exits_with_2(tmp_p
     assert not os.path.exists(out)
 
 
+def test_layers_that_are_missing_because_some_were_folded_are_explained(tmp_path):
+    """torchscript-default.onnx has two of four layers left."""
+    from bnport.errors import MatchError
+    from bnport.match import match
+
+    paired = match(adapter.read(str(FIXTURES / KEPT[0])), adapter.read(str(FIXTURES / KEPT[1])))
+    paired.raise_if_bad()
+    paired = match(adapter.read(str(FIXTURES / "torchscript-default.onnx")), adapter.read(str(FIXTURES / KEPT[0])))
+    with pytest.raises(MatchError, match=r"bn1, bn2.*folded into 2 layers.*dynamo=True, optimize=False"):
+        paired.raise_if_bad()
+
+
 def test_an_export_in_training_mode_is_taken_with_a_note():
     """The exporter ran the model in training mode: the statistics in the file are what onnx reads, not the module's."""
     path = FIXTURES / "torchscript-training.onnx"
