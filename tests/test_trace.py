@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -203,6 +204,44 @@ def test_a_shared_layer_is_compared_at_each_of_its_calls():
     assert [s.call for s in found.steps] == [0, 1]
 
 
+def test_outputs_whose_shape_is_the_same_in_both_layouts_are_compared_channel_by_channel(net):
+    one = torch.nn.Sequential(torch.nn.BatchNorm2d(8)).eval()
+    one[0].load_state_dict(net.bn1.state_dict())
+    model = keras.Sequential([keras.Input((8, 8, 8)), keras.layers.BatchNormalization(epsilon=1e-5, name="bn")])
+    model.layers[0].set_weights(batchnorm_weights(net.bn1))
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 8)).astype(np.float32)
+    found = trace(one, model, x, layout="NCHW", map={"bn": "0"})
+    assert found.ok, str(found)
+
+
+BACKEND = """
+import os, sys
+os.environ["KERAS_BACKEND"] = sys.argv[1]
+import keras
+from tests.twins import Net, keras_twin, images
+from bnport.trace import trace
+import bnport
+assert keras.backend.backend() == sys.argv[1]
+net = Net()
+twin = keras_twin(net)
+assert trace(net, twin, images()).ok
+assert "before bn1" in trace(net, keras_twin(net, "same"), images()).faults[0]
+report = bnport.verify(net, twin)
+assert report.ok and not report.not_run, str(report)
+assert any("against" in check.name for layer in report.layers for check in layer.checks)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_keras_on_its_other_backends_is_traced_and_run(backend):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", BACKEND, backend], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_nested_and_subclassed_keras_models_are_traced(net):
     inner = keras.Sequential([keras.layers.BatchNormalization(epsilon=1e-5, name="n")], name="inner")
 
@@ -284,8 +323,6 @@ def run(*arguments):
 
 
 def test_the_command_line_runs_the_users_own_functions_and_files(net, twin, onnx_path, tmp_path):
-    import os
-
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     (tmp_path / "nets.py").write_text(MODELS.format(root=root))
     np.save(tmp_path / "x.npy", images())

@@ -109,9 +109,7 @@ class Comparison:
             notes.append(f"{listed(uncalled, 4)}: not seen in both networks while they ran")
         difference = float("inf")
         if len(outputs_a) == len(outputs_b):
-            difference = max(
-                (_difference(*_aligned(u, v)) for u, v in zip(outputs_a, outputs_b, strict=True)), default=0.0
-            )
+            difference = max((_output_difference(u, v) for u, v in zip(outputs_a, outputs_b, strict=True)), default=0.0)
         else:
             self.faults.append(f"{len(outputs_a)} outputs in the original, {len(outputs_b)} in the port")
         wrong = [step for step in self.steps if step.layer_differs]
@@ -208,11 +206,9 @@ def _difference(a: Array, b: Array) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-def _aligned(a: Array, b: Array) -> tuple[Array, Array]:
-    """Two outputs with their channels in one place, if moving them makes the shapes equal."""
-    if a.shape != b.shape and a.ndim == b.ndim and a.ndim > 2:
-        if np.moveaxis(a, 1, -1).shape == b.shape:
-            return np.moveaxis(a, 1, -1), b
-        if np.moveaxis(b, 1, -1).shape == a.shape:
-            return a, np.moveaxis(b, 1, -1)
-    return a, b
+def _output_difference(a: Array, b: Array) -> float:
+    """The difference of two outputs, wherever each has its channels: the arrangement in which they agree best."""
+    ways = [(a, b)]
+    if a.ndim == b.ndim and a.ndim > 2:
+        ways += [(np.moveaxis(a, 1, -1), b), (a, np.moveaxis(b, 1, -1))]
+    return min(_difference(one, other) for one, other in ways)

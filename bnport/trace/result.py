@@ -116,4 +116,6 @@ def _as_text(t: Trace) -> str:
                 f"likely mistake: {verdict.title} ({listed(verdict.layers, 4)})",
                 f"  evidence: {verdict.evidence}",
             ]
+        if t.explanation.unexplained:
+            lines.append(f"no known mistake explains {listed(t.explanation.unexplained, 4)}")
     return "\n".join([*lines, *(f"note: {note}" for note in t.notes)])
