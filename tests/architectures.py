@@ -143,7 +143,7 @@ ARCHITECTURES = {
     "EfficientNetB3": Architecture(_timm("tf_efficientnet_b3"), _efficientnet("EfficientNetB3"), 64),
     "Xception": Architecture(_timm("legacy_xception"), _app("Xception"), 71),
     "InceptionResNetV2": Architecture(_timm("inception_resnet_v2"), _app("InceptionResNetV2"), 75),
-    "NASNetLarge": Architecture(_timm("nasnetalarge"), _app("NASNetLarge"), 331, same=False),
+    "NASNetLarge": Architecture(_timm("nasnetalarge"), _app("NASNetLarge"), 67, same=False),
 }
 
 
@@ -183,16 +183,20 @@ class Fed(NamedTuple):
 
     by_norm: dict[str, Any]
     rest: list[Any]
+    before: dict[Any, Any]  # torch: a pointwise convolution -> the one whose output it takes directly
 
 
 def fed_torch(model: torch.nn.Module, size: int) -> Fed:
     names = {m: n for n, m in model.named_modules()}
     made: dict[int, Any] = {}
+    before: dict[Any, Any] = {}
     alive: list[Any] = []
     by_norm: dict[str, Any] = {}
     order: list[Any] = []
 
     def weighted(module: Any, args: Any, out: Any) -> None:
+        if id(args[0]) in made:
+            before[module] = made[id(args[0])]
         made[id(out)] = module
         alive.append(out)
         order.append(module)
@@ -212,7 +216,7 @@ def fed_torch(model: torch.nn.Module, size: int) -> Fed:
     for hook in hooks:
         hook.remove()
     feeding = set(by_norm.values())
-    return Fed(by_norm, [m for m in order if m not in feeding])
+    return Fed(by_norm, [m for m in order if m not in feeding], before)
 
 
 def fed_keras(model: keras.Model) -> Fed:
@@ -223,13 +227,12 @@ def fed_keras(model: keras.Model) -> Fed:
             if operation.weights and not isinstance(operation, keras.layers.BatchNormalization):
                 by_norm[layer.name] = operation
     feeding = {id(v) for v in by_norm.values()}
-    rest = []
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.SeparableConv2D):
-            rest += [(layer, w) for w in layer.weights if w.path.endswith("depthwise_kernel")]
-        if id(layer) not in feeding and any(w.path.endswith("kernel") for w in layer.weights):
-            rest.append((layer, None))
-    return Fed(by_norm, rest)
+    rest = [
+        layer
+        for layer in model.layers
+        if id(layer) not in feeding and any(w.path.endswith("kernel") for w in layer.weights)
+    ]
+    return Fed(by_norm, rest, {})
 
 
 def kernel_of(layer: Any) -> tuple[Any, Any]:
@@ -260,9 +263,15 @@ def _shape_in_keras(module: Any, shape: tuple[int, ...]) -> bool:
         return False
 
 
-def port(source: torch.nn.Module, target: keras.Model, pairs: Mapping[str, str], fed: tuple[Fed, Fed]) -> None:
-    """Write all parameters of the torch model into the Keras model along `pairs` (target name -> source name)."""
+def port(
+    source: torch.nn.Module, target: keras.Model, pairs: Mapping[str, str], fed: tuple[Fed, Fed], *, whole: bool = True
+) -> None:
+    """Write the parameters of the torch model into the Keras model along `pairs` (target name -> source name).
+
+    `whole`: also those of layers that feed no BatchNorm.
+    """
     modules = dict(source.named_modules())
+    separate: set[Any] = set()
     for t, s in pairs.items():
         norm, layer = modules[s], target.get_layer(t)
         values = (
@@ -274,10 +283,17 @@ def port(source: torch.nn.Module, target: keras.Model, pairs: Mapping[str, str],
             assert bool((norm.weight == 1).all())
         assert (t in fed[1].by_norm) == (s in fed[0].by_norm), (s, t)
         if t in fed[1].by_norm:
-            _port_kernel(fed[0].by_norm[s], *kernel_of(fed[1].by_norm[t]))
-    rest = list(fed[0].rest)
-    for layer, only in fed[1].rest:
-        kernel, bias = (only, None) if only is not None else kernel_of(layer)
+            module, layer = fed[0].by_norm[s], fed[1].by_norm[t]
+            _port_kernel(module, *kernel_of(layer))
+            if isinstance(layer, keras.layers.SeparableConv2D):
+                first = fed[0].before[module]
+                _port_kernel(first, layer.depthwise_kernel, None)
+                separate.add(first)
+    if not whole:
+        return
+    rest = [m for m in fed[0].rest if m not in separate]
+    for layer in fed[1].rest:
+        kernel, bias = kernel_of(layer)
         at = next(i for i, m in enumerate(rest) if _shape_in_keras(m, tuple(kernel.shape)))
         _port_kernel(rest.pop(at), kernel, bias)
     assert not rest, rest

@@ -10,26 +10,28 @@ if TYPE_CHECKING:
     from bnport.layer import Kernel, Layer
     from bnport.match.engine import Alignment
 
-PROBES = 3  # kernels compared to find out whether the target's kernels were ported at all
+PROBES = 2  # shapes whose kernels are compared to find out whether the target's kernels were ported at all
 
 
 def pairs(state: Alignment) -> dict[int, int]:
     """source -> target for every kernel that is found exactly once on each side; empty if none was ported.
 
-    Only the smallest kernels are read first; the others only if one of those is equal. Kernels of a single value (an
+    Only the kernels of the least shapes are read first; the others only if one of those is equal. Kernels of a single value (an
     initialiser of zeros or ones) tell nothing.
     """
     sides = state.source.layers, state.target.layers
-    decided = sorted(
-        (_size(sides[0][s]), s, t) for s, t in state.pairs.items() if _readable(sides[0][s]) and _readable(sides[1][t])
-    )
-    probes = [(s, t) for _, s, t in decided[:PROBES]]
-    for group in state.groups():
-        probes += [(s, t) for s in group.sources[:PROBES] for t in group.targets[:PROBES]]
+    by_shape: dict[object, tuple[list[int], list[int]]] = {}
+    for at, layers in enumerate(sides):
+        for node, layer in enumerate(layers):
+            if layer.kernel is not None and layer.kernel.values is not None:
+                by_shape.setdefault(layer.kernel.shape, ([], []))[at].append(node)
+    cost = sorted((_size(sides[0][s[0]]) * (len(s) + len(t)), s, t) for s, t in by_shape.values() if s and t)
     seen: list[dict[int, bytes | None]] = [{}, {}]
-    if not any(
-        (a := _digest(sides[0], s, seen[0])) is not None and a == _digest(sides[1], t, seen[1]) for s, t in probes
-    ):
+    for _, s, t in cost[:PROBES]:
+        ours = {_digest(sides[0], node, seen[0]) for node in s} - {None}
+        if ours & {_digest(sides[1], node, seen[1]) for node in t}:
+            break
+    else:
         return {}
     found: list[dict[bytes, list[int]]] = [{}, {}]
     for at, layers in enumerate(sides):
@@ -42,10 +44,6 @@ def pairs(state: Alignment) -> dict[int, int]:
         for digest, nodes in found[0].items()
         if len(nodes) == 1 and len(found[1].get(digest, ())) == 1
     }
-
-
-def _readable(layer: Layer) -> bool:
-    return layer.kernel is not None and layer.kernel.values is not None
 
 
 def _size(layer: Layer) -> int:

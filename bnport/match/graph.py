@@ -102,9 +102,12 @@ class Graph:
 def build(layers: Mapping[str, Layer], keep: Mapping[str, int]) -> Graph | None:
     """The graph of the layers in `keep` (name -> node); a layer that is not kept is bridged: its inputs stand for it.
 
-    None unless every layer knows its inputs. Names of layers that are not there are ignored.
+    None unless every layer that is kept, or bridged, knows its inputs. Names of layers that are not there are ignored.
     """
-    if any(layer.inputs is None for layer in layers.values()):
+    if any(layers[name].inputs is None for name in keep):
+        return None
+    unknown = {name for name, layer in layers.items() if layer.inputs is None}
+    if unknown and any(n in unknown for layer in layers.values() for n in layer.inputs or ()):
         return None
     bridged: dict[str, dict[int, None]] = {}
 

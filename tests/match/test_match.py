@@ -1,0 +1,242 @@
+"""What decides a pair, what does not, and how it is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bnport.errors import MatchError
+from bnport.match import match
+from tests.match.making import chain, layer, layers
+
+
+def test_equal_names_pair_whatever_their_order():
+    found = match(layers(layer("a"), layer("b")), layers(layer("b"), layer("a")))
+    assert found.pairs == {"b": "b", "a": "a"}
+    assert found.ok
+    assert list(found.pairs) == ["b", "a"]
+
+
+def test_equal_names_under_a_prefix_pair():
+    sources = layers(layer("backbone.bn.one"), layer("backbone.bn.two"))
+    found = match(sources, layers(layer("bn.one"), layer("bn.two")))
+    assert found.pairs == {"bn.one": "backbone.bn.one", "bn.two": "backbone.bn.two"}
+
+
+def test_an_equal_name_with_other_channels_is_a_mismatch():
+    found = match(
+        layers(layer("a", 4), layer("b", 8), layer("c", 3)), layers(layer("a", 4), layer("b", 9), layer("c", 3))
+    )
+    assert [tuple(m) for m in found.mismatched] == [("b", "b", 9, 8)]
+    assert found.pairs == {"a": "a", "c": "c"}
+    with pytest.raises(MatchError, match=r"b: 8 channels in model \(layer 'b'\), 9 in model.*--map.*--skip 'b'"):
+        found.raise_if_bad()
+
+
+def test_automatic_names_that_do_not_fit_are_no_evidence():
+    sources = layers(layer("batch_normalization", 8), layer("batch_normalization_1", 16))
+    targets = layers(layer("batch_normalization_1", 8), layer("batch_normalization_2", 16))
+    found = match(sources, targets)
+    assert found.pairs == {
+        "batch_normalization_1": "batch_normalization",
+        "batch_normalization_2": "batch_normalization_1",
+    }
+
+
+def test_unique_channel_counts_decide():
+    found = match(layers(layer("s", 3), layer("r", 5)), layers(layer("x", 5), layer("y", 3)))
+    assert found.pairs == {"x": "r", "y": "s"}
+
+
+def test_two_layers_of_one_width_and_nothing_else_are_ambiguous_and_listed():
+    found = match(layers(layer("s"), layer("r")), layers(layer("x"), layer("y")))
+    assert found.pairs == {}
+    assert [(g.targets, g.sources) for g in found.ambiguous] == [(("x", "y"), ("s", "r"))]
+    assert not found.ok
+    with pytest.raises(MatchError, match=r"x, y of model could be s, r of model \(each is a 8-channel layer\).*--map"):
+        found.raise_if_bad()
+
+
+def test_candidates_that_hold_the_same_numbers_are_interchangeable():
+    found = match(layers(layer("s", mean=1.0), layer("r", mean=1.0)), layers(layer("x"), layer("y")))
+    found.raise_if_bad()
+    assert "same numbers" in found.evidence["x"][0]
+
+
+def test_numbers_in_names_that_agree_with_the_order_of_definition_decide():
+    found = match(
+        layers(layer("f.1.bn"), layer("f.4.bn")), layers(layer("batch_normalization"), layer("batch_normalization_1"))
+    )
+    assert found.pairs == {"batch_normalization": "f.1.bn", "batch_normalization_1": "f.4.bn"}
+
+
+def test_numbers_in_names_against_the_order_of_definition_decide_nothing():
+    found = match(
+        layers(layer("f.4.bn"), layer("f.1.bn")), layers(layer("batch_normalization"), layer("batch_normalization_1"))
+    )
+    assert len(found.ambiguous) == 1
+
+
+def test_kernel_shapes_tell_layers_of_one_width_apart():
+    sources = layers(layer("s", 8, (8, 3, 3, 3)), layer("r", 8, (8, 8, 1, 1)))
+    targets = layers(layer("x", 8, (8, 8)), layer("y", 8, (8, 3, 3, 3)))
+    found = match(sources, targets)
+    assert found.pairs == {"x": "r", "y": "s"}
+    assert "3x3 kernel over 3 inputs" in found.evidence["y"][0]
+
+
+def test_the_depthwise_kernel_before_a_pointwise_one_tells_separable_convolutions_apart():
+    sources = layers(layer("s", 8, (8, 8, 1, 1), before=(3, 3)), layer("r", 8, (8, 8, 1, 1), before=(5, 5)))
+    targets = layers(layer("x", 8, (8, 8, 1, 1), before=(5, 5)), layer("y", 8, (8, 8, 1, 1), before=(3, 3)))
+    assert match(sources, targets).pairs == {"x": "r", "y": "s"}
+
+
+def test_a_kernel_known_on_one_side_only_does_not_forbid_a_pair():
+    found = match(layers(layer("s", 8, (8, 3, 3, 3))), layers(layer("x", 8)))
+    assert found.pairs == {"x": "s"}
+
+
+def ported(values, at):
+    return lambda: values[at]
+
+
+def test_equal_contents_of_kernels_decide_beyond_doubt():
+    values = np.random.default_rng(0).normal(size=(3, 8, 8, 1, 1))
+    shape = (8, 8, 1, 1)
+    sources = layers(*(layer(f"f.{i}.bn", 8, shape, values=ported(values, i)) for i in range(3)))
+    targets = layers(*(layer(f"g.{i}.bn", 8, shape, values=ported(values, (i + 1) % 3)) for i in range(3)))
+    found = match(sources, targets)
+    assert found.pairs == {f"g.{i}.bn": f"f.{(i + 1) % 3}.bn" for i in range(3)}
+    assert found.evidence["g.0.bn"] == ("equal kernels",)
+
+
+def test_kernels_of_one_value_tell_nothing():
+    ones = np.ones((2, 8, 8, 1, 1))
+    sources = layers(*(layer(n, 8, (8, 8, 1, 1), values=ported(ones, 0)) for n in ("s", "r")))
+    targets = layers(*(layer(n, 8, (8, 8, 1, 1), values=ported(ones, 1)) for n in ("x", "y")))
+    assert len(match(sources, targets).ambiguous) == 1
+
+
+def test_kernels_that_were_not_ported_change_nothing():
+    values = np.random.default_rng(0).normal(size=(4, 8, 8, 1, 1))
+    sources = layers(*(layer(f"f.{i}.bn", 8, (8, 8, 1, 1), values=ported(values, i)) for i in range(2)))
+    targets = layers(*(layer(f"g.{i}.bn", 8, (8, 8, 1, 1), values=ported(values, i + 2)) for i in range(2)))
+    assert match(sources, targets).pairs == {"g.0.bn": "f.0.bn", "g.1.bn": "f.1.bn"}
+
+
+def test_a_chain_is_decided_by_its_graph_whatever_the_names_and_the_order():
+    sources = chain([f"s{i}" for i in range(9)])
+    backwards = chain([f"t{9 - i}" for i in range(9)])
+    targets = layers(*reversed(backwards.values()))
+    assert match(sources, targets).pairs == {f"t{9 - i}": f"s{i}" for i in range(9)}
+
+
+def test_the_graph_tells_a_shortcut_from_the_branch_beside_it():
+    def block(stem, one, short, end):
+        return [layer(stem, 8, None, ()), layer(one, 8, None, [stem]), layer(short, 8, None, [stem]),
+                layer(end, 8, None, [one, short]), layer(end + "b", 8, None, [one])]  # fmt: skip
+
+    found = match(layers(*block("a", "b", "c", "d")), layers(*block("w", "x", "y", "z")))
+    assert found.pairs == {"w": "a", "x": "b", "y": "c", "z": "d", "zb": "db"}
+
+
+def test_names_that_correspond_elsewhere_decide_where_nothing_else_does():
+    sources, targets = [], []
+    for i, inside in enumerate((4, 8, 16)):
+        for kind, shape in (("bn3", (8, inside)), ("downsample.1", (8, 8 if i == 1 else inside + 1))):
+            sources.append(layer(f"layer{i}.{kind}", 8 + (i == 0), (8, 99) if i == 0 else shape))
+        targets.append(
+            layer(f"conv{i + 2}_0_bn", 8 + (i == 0), (8, 99) if i == 0 else (8, 8 if i == 1 else inside + 1))
+        )
+        targets.append(layer(f"conv{i + 2}_3_bn", 8 + (i == 0), (8, 99) if i == 0 else (8, inside)))
+    sources[2] = layer("layer1.bn3", 8, (8, 77))
+    targets[3] = layer("conv3_3_bn", 8, (8, 77))
+    found = match(layers(*sources), layers(*targets))
+    assert found.pairs["conv2_0_bn"] == "layer0.downsample.1"
+    assert found.pairs["conv2_3_bn"] == "layer0.bn3"
+    assert "names correspond as elsewhere" in found.evidence["conv2_0_bn"][0]
+
+
+def test_words_of_one_meaning_pair():
+    found = match(
+        layers(layer("block.bn3"), layer("block.downsample.1")), layers(layer("b_shortcut_bn"), layer("b_3_bn"))
+    )
+    assert found.pairs == {"b_shortcut_bn": "block.downsample.1", "b_3_bn": "block.bn3"}
+
+
+def test_cycles_and_shared_layers_end_and_pair():
+    def loop(names):
+        return layers(*(layer(n, 8 + (i == 0), None, [names[i - 1]]) for i, n in enumerate(names)))
+
+    found = match(loop(["a", "b", "c"]), loop(["x", "y", "z"]))
+    assert found.pairs == {"x": "a", "y": "b", "z": "c"}
+    itself = layers(layer("a", 8, None, ["a"]), layer("b", 8, None, ["a", "b"]))
+    assert match(itself, layers(layer("x", 8, None, ["x"]), layer("y", 8, None, ["x", "y"]))).pairs == {
+        "x": "a",
+        "y": "b",
+    }
+
+
+def test_inputs_that_name_no_layer_are_ignored():
+    assert match(layers(layer("a", 8, None, ["ghost"])), layers(layer("x", 8, None, []))).pairs == {"x": "a"}
+
+
+@pytest.mark.parametrize(("extra", "attribute"), [("source", "unexpected"), ("target", "missing")])
+def test_a_layer_of_its_own_width_on_one_side_is_said_and_nothing_else_suffers(extra, attribute):
+    sources, targets = chain(["a", "b", "c"]), chain(["x", "y", "z"])
+    (sources if extra == "source" else targets)["head"] = layer("head", 10, None, ["c" if extra == "source" else "z"])
+    found = match(sources, targets)
+    assert getattr(found, attribute) == ("head",)
+    assert found.pairs == {"x": "a", "y": "b", "z": "c"}
+    assert not found.complete
+    with pytest.raises(MatchError, match="--skip"):
+        found.raise_if_bad()
+    left_out = match(sources, targets, skip=["head"])
+    left_out.raise_if_bad()
+    assert (left_out.left_sources, left_out.left_targets) == ((("head",), ()) if extra == "source" else ((), ("head",)))
+
+
+def test_one_more_layer_of_the_same_width_makes_the_group_ambiguous_until_it_is_skipped():
+    sources, targets = chain(["a", "b", "c"]), chain(["x", "y"])
+    found = match(sources, targets)
+    assert found.pairs == {}
+    assert "3 in the source, 2 in the target" in found.problems()
+    assert match(sources, targets, skip="b").pairs == {"x": "a", "y": "c"}  # a skipped layer is bridged in the graph
+
+
+def test_only_under_takes_the_part_of_the_side_that_has_it():
+    sources = chain(["a", "b"])
+    targets = layers(*chain(["backbone/x", "backbone/y"]).values(), layer("head/z"), layer("backbones"))
+    found = match(sources, targets, only_under="backbone")
+    found.raise_if_bad()
+    assert found.pairs == {"backbone/x": "a", "backbone/y": "b"}
+    assert found.left_targets == ("head/z", "backbones")
+
+
+@pytest.mark.parametrize("options", [{"skip": ["nothing*"]}, {"only_under": "nothing"}])
+def test_an_option_that_names_no_layer_is_an_error(options):
+    with pytest.raises(MatchError, match="no layer of either side"):
+        match(chain(["a"]), chain(["x"]), **options)
+
+
+def test_a_map_overrules_names_and_the_rest_is_paired_by_evidence():
+    sources, targets = layers(layer("a"), layer("b"), layer("c", 3)), layers(layer("a"), layer("b"), layer("z", 3))
+    found = match(sources, targets, map={"a": "b"})
+    assert found.pairs == {"a": "b", "b": "a", "z": "c"}
+    assert found.evidence["a"] == ("the map says so",)
+
+
+def test_a_map_that_asks_for_other_channels_is_a_mismatch():
+    found = match(layers(layer("a", 4)), layers(layer("x", 5)), map={"x": "a"})
+    assert found.mismatched[0] == ("x", "a", 5, 4)
+
+
+def test_empty_sides_pair_to_nothing():
+    assert match({}, {}).ok
+    assert match(layers(), chain(["x"])).missing == ("x",)
+
+
+def test_control_characters_in_names_are_escaped_in_messages():
+    found = match(layers(layer("a\x1b[31m")), layers(layer("x", 9)))
+    assert "\x1b" not in found.problems()
+    assert r"\x1b[31m" in found.problems()
