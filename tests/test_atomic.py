@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+import bnport
 from bnport import adapters
 from bnport.containers import files
 from bnport.containers.files import TEMPORARY, replace_file
@@ -153,11 +154,11 @@ def test_an_error_at_any_step_leaves_the_output_old_and_no_temporary_file(tmp_pa
             assert not leftovers(tmp_path), (name, nth)
             if raised is None:
                 # copy_file_range may fail (another file system) and is then done without; the last fsync is of the folder
-                (layer,) = adapters.read(out).values()
+                (layer,) = bnport.read(out).values()
                 assert_same_bits(layer.record, NEW.replace(epsilon=layer.epsilon))
                 assert name in ("copy_file_range", "open")
             elif "is written, but" in str(raised):  # the folder's flush, the last step
-                (layer,) = adapters.read(out).values()
+                (layer,) = bnport.read(out).values()
                 assert_same_bits(layer.record, NEW.replace(epsilon=layer.epsilon))
             else:
                 assert found == b"the old output", (name, nth)

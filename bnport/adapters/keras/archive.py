@@ -22,7 +22,7 @@ WEIGHTS_LIMIT = 256 << 20  # of a compressed weights member, which has to be unp
 CRC_LIMIT = 16 << 20  # weights up to this size have their CRC checked: it takes less time than opening them
 
 
-def read(file: ReadFile, absent: str | None) -> Contents:
+def read(file: ReadFile, absent: str | None, *, evidence: bool) -> Contents:
     """The contents of a `.keras` file."""
     shown = printable(file.path)
     archive = Archive(file)
@@ -35,7 +35,8 @@ def read(file: ReadFile, absent: str | None) -> Contents:
     entries = [_entry(node, weights, shown) for node in nodes]
     if any(node.custom for node in root.walk()) and WEIGHTS in archive:
         entries += _hidden(entries, weights.store, shown, absent)
-    _add_evidence(root, entries, weights, hidden=len(entries) > len(nodes))
+    if evidence:
+        _add_evidence(root, entries, weights, hidden=len(entries) > len(nodes))
     contents = Contents(file.path, "keras", entries, holds_epsilon=True)
     contents.extra = {"archive": archive, "text": text, "root": root}
     return contents

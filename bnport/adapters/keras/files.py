@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnport.containers.hdf5 import Group, H5Tensor
 
 
-def read(file: ReadFile, absent: str | None, stat: str | None) -> Contents:
+def read(file: ReadFile, absent: str | None, stat: str | None, *, evidence: bool) -> Contents:
     """The contents of an HDF5 file or a list of shards."""
     shown = printable(file.path)
     if file.path.lower().endswith(".json"):
@@ -28,7 +28,7 @@ def read(file: ReadFile, absent: str | None, stat: str | None) -> Contents:
     from bnport.adapters.keras import legacy
 
     if legacy.is_legacy(h5):
-        return legacy.read(h5, stat)
+        return legacy.read(h5, stat, evidence=evidence)
     store = Store(lambda: h5)
     found, notes = scan(store, shown, absent)
     return Contents(

@@ -63,7 +63,7 @@ class Part(NamedTuple):
         return "/".join(pieces)
 
 
-def read(h5: H5, stat: str | None) -> Contents:
+def read(h5: H5, stat: str | None, *, evidence: bool) -> Contents:
     """The contents of a legacy file."""
     if stat not in (None, *STATS):
         raise InvalidValue(f"stat: expected one of {', '.join(STATS)}, got {stat!r:.40}")
@@ -85,7 +85,7 @@ def read(h5: H5, stat: str | None) -> Contents:
     entries = [
         _entry(part, node, form if "std" in part.tensors else "variance", version, shown) for part, node in paired
     ]
-    if root is not None:
+    if root is not None and evidence:
         _add_evidence(root, entries, weights)
     contents = Contents(h5.file.path, "legacy", entries, holds_epsilon=root is not None)
     contents.extra = {"text": text, "root": root, "h5": h5, "weights": weights}

@@ -162,12 +162,10 @@ def apply(model: Any, changes: Mapping[str, Change]) -> None:
                 f"no BatchNormalization layer {printable(name)!r} in the model; there are {listed(found, 5)}"
             )
         _plan(name, found[name], change, steps, settings)
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], object]] = []
     try:
         for variable, array in steps:
-            old = numbers(variable).copy()
-            undo.append(lambda variable=variable, old=old: variable.assign(old))  # type: ignore[misc]
-            _assign(variable, array)
+            undo.append(_assign(variable, array))
         for layer, attribute, value in settings:
             old_value = getattr(layer, attribute)
             undo.append(lambda layer=layer, a=attribute, v=old_value: setattr(layer, a, v))  # type: ignore[misc]
@@ -208,39 +206,43 @@ def _plan(
         array = getattr(record, field)
         if tuple(variable.shape) != array.shape:
             raise InvalidValue(f"{shown}: {field}: {tuple(variable.shape)} expected, got {array.shape}")
-        steps.append((variable, array))
-        _check_range(f"{shown}: {field}", array, dtype_of(variable))
+        steps.append((variable, _in_range(f"{shown}: {field}", array, dtype_of(variable))))
     if change.fields & {"mean", "variance", "epsilon"}:
         steps.extend(_renorm(layer, record, epsilon, change.fields))
 
 
-def _check_range(where: str, array: Array, dtype: str) -> None:
-    if dtype in ("float64",) or (dtype == "float32" and array.dtype == np.float32):
-        return
-    if not np.isfinite(round_to(array, dtype)).all():
+def _in_range(where: str, array: Array, dtype: str) -> Array:
+    """The array in the variable's dtype where numpy has it; InvalidValue for a value that overflows."""
+    if array.dtype == dtype:
+        return array
+    stored = round_to(array, dtype)
+    if not np.isfinite(stored).all():
         raise InvalidValue(f"{where}: a value does not fit {dtype}")
+    return stored
 
 
 def _renorm(layer: Any, record: BatchNorm, epsilon: float, fields: frozenset[str]) -> list[tuple[Any, Array]]:
     if not getattr(layer, "renorm", False):
         return []
     arrays = renorm_arrays(record, epsilon, fields)
-    return [(v, array) for name, array in arrays.items() if (v := getattr(layer, name, None)) is not None]
+    return [(v, _in_range(name, array, dtype_of(v))) for name, array in arrays.items() for v in [getattr(layer, name)]]
 
 
-def _assign(variable: Any, array: Array) -> None:
-    """Assign by the public call of the variable; TensorFlow's without reading the result back, which takes half."""
-    dtype = dtype_of(variable)
-    if dtype in ("float32", "float64"):
-        array = array.astype(dtype, copy=False)
-        held = variable.value
-        if callable(held):  # a tf.Variable (tf_keras)
-            variable.assign(array, read_value=False)
-            return
-        if type(held).__module__.split(".")[0] == "tensorflow" and hasattr(held, "assign"):
-            held.assign(array, read_value=False)
-            return
+def _assign(variable: Any, array: Array) -> Callable[[], object]:
+    """Assign by the public call of the variable; returns what undoes it.
+
+    TensorFlow's variables are written without reading the result back, which takes half of the time.
+    """
+    held = variable.value
+    if callable(held):  # a tf.Variable (tf_keras), whose value is a method
+        held = variable
+    if array.dtype == held.dtype and hasattr(held, "read_value"):
+        old = held.read_value()
+        held.assign(array, read_value=False)
+        return lambda: held.assign(old)
+    kept = numbers(variable).copy()
     variable.assign(array)
+    return lambda: variable.assign(kept)
 
 
 def forget_compiled(model: Any, layers: list[Any]) -> None:
