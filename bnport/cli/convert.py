@@ -34,7 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--run", action="store_true", help="also run the real layers in their frameworks")
     parser.add_argument(
-        "--calibrate", metavar="DATA", help="compute mean and variance from DATA (see 'bnport calibrate')"
+        "--calibrate",
+        metavar="DATA",
+        help="compute mean and variance from DATA for the layers whose source stores none (this runs the model)",
+    )
+    parser.add_argument(
+        "--calibrate-options", default="", metavar="TEXT", help="of 'bnport calibrate', such as \"--limit 5000\""
     )
     parser.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
     common.add_json(parser)

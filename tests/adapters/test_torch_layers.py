@@ -75,11 +75,21 @@ def test_a_lazy_layer_is_read_once_it_has_seen_a_batch_and_refused_before(tmp_pa
     check_everywhere(lazy, tmp_path)
 
 
-def test_without_running_statistics_it_is_refused_with_what_to_do(tmp_path):
-    norm = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), torch.nn.BatchNorm2d(6, track_running_stats=False))
-    for source in (norm, saved(norm, tmp_path)):
-        with pytest.raises(FormatError, match=r"1 holds no running statistics .*Set track_running_stats=True"):
-            adapters.read(source)
+@pytest.mark.parametrize("affine", [True, False])
+def test_without_running_statistics_it_is_listed_and_refused_with_what_to_do(tmp_path, affine):
+    norm = torch.nn.BatchNorm2d(6, track_running_stats=False, affine=affine, eps=3e-4)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), norm)
+    for source in (model, saved(model, tmp_path)):
+        (layer,) = adapters.read(source).values()
+        assert (layer.name, layer.channels, layer.epsilon) == ("1", 6, 3e-4)
+        assert layer.stores >= ({"gamma", "beta"} if affine else set())
+        assert not layer.stores & {"mean", "variance"}
+        if affine:
+            assert layer.arrays()["gamma"].tobytes() == norm.weight.detach().numpy().tobytes()
+        with pytest.raises(InvalidValue, match=r"1: holds no running statistics .*bnport convert --calibrate DATA"):
+            layer.record  # noqa: B018
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -11,7 +11,7 @@
 | the same, sizes C, C, C, C, 1 | gamma, beta, mean, variance, factor | NVIDIA's legacy DIGITS files |
 | BatchNorm with 4 blobs | mean, variance, factor, gamma | Intel without bias |
 | BN blobs 0 to 3 (yjxiong, PSPNet) | gamma, beta, mean, variance | or 1/std in place of the variance: `stat` |
-| BN blobs 0, 1 (SegNet) | gamma, beta | INFERENCE: a folded affine; LEARN: no statistics, refused |
+| BN blobs 0, 1 (SegNet) | gamma, beta | INFERENCE: a folded affine; LEARN: no statistics |
 | batch_norm_param.eps, bn_param.eps | epsilon | default 1e-5; the prototxt decides, as in Caffe |
 | moving_average_fraction, bn_param.momentum | momentum | of the old value kept; default 0.999, BN 0.9 |
 

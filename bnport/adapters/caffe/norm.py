@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EPSILON = 1e-5  # BatchNormParameter.eps and BNParameter.eps
 FRACTION = {"BatchNorm": 0.999, "BN": 0.9}  # moving_average_fraction; BNParameter.momentum: of the old value kept
 CUDNN_EPSILON = 1e-5  # CUDNN_BN_MIN_EPSILON: NVIDIA's and PSPNet's layers use max(eps, this)
+SEGNET_EPSILON = 1e-9  # var_eps_ in caffe-segnet bn_layer.cpp; nothing in a file can change it
 
 STATS = ("variance", "inverse-std")
 BLOB_ORDERS = ("mean-first", "scale-first")
@@ -143,15 +144,8 @@ def _bn_roles(net: Net, node: Node, blobs: list[Blob], choices: Choices) -> tupl
         return ("gamma", "beta", "mean", "variance"), form
     if len(blobs) != 2:
         raise net.error(node, f"{node.blob_count} blobs; a BN layer has 4 (yjxiong, PSPNet) or 2 (SegNet)")
-    mode = node.settings.get("bn_mode", "LEARN")
-    if mode != "INFERENCE":
-        raise net.error(
-            node,
-            f"SegNet's BN in mode {printable(mode, 20)} holds scale and shift but no statistics: it normalises by each"
-            " batch. Compute them from data with bnport calibrate, or give the prototxt of the inference net (bn_mode:"
-            " INFERENCE) if the blobs are already folded",
-        )
-    return ("gamma", "beta"), "affine"
+    learning = node.settings.get("bn_mode", "LEARN") != "INFERENCE"
+    return ("gamma", "beta"), "learning" if learning else "affine"
 
 
 def _broadcastable(net: Net, wiring: Wiring, index: int, blob: Blob, field: str, channels: int) -> Blob:
@@ -188,6 +182,12 @@ def _missing(net: Net, node: Node) -> FormatError:
 
 # ---- the layer
 
+_LEARNING = (
+    "SegNet's BN in mode LEARN holds scale and shift but no statistics: it normalises by each batch. Compute them from data"
+    " (bnport convert --calibrate DATA, or bnport calibrate), or give the prototxt of the inference net (bn_mode: INFERENCE)"
+    " if the blobs are already folded"
+)
+
 
 def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
     node, fields = held.node, held.fields
@@ -209,9 +209,12 @@ def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
         epsilon = 0.0
         assumed.discard("epsilon")
         notes.append("stores 1/sqrt(variance + epsilon); read as that squared, with epsilon 0")
-    elif node.type == "BN" and choices.stat is None:
+    elif node.type == "BN" and choices.stat is None and held.form != "learning":
         notes.append("variance assumed: BN files of Dec 2015 to Apr 2016 hold 1/std in its place (--stat inverse-std)")
-    if held.form != "affine":
+    elif held.form == "learning":
+        epsilon, momentum = SEGNET_EPSILON, None
+        assumed.clear()
+    if held.form not in ("affine", "learning"):
         momentum = FRACTION.get(node.type, 0.999) if momentum is None else meant_epsilon(float(momentum))
         if not 0 <= float(momentum) <= 1:
             raise net.error(node, f"{given[node.type]} is {momentum}; a fraction was expected")
@@ -235,6 +238,7 @@ def _layer(net: Net, held: Held, choices: Choices, notes: list[str]) -> Layer:
             dtype=narrowest(held),
             tensors=listed_tensors(net.path, held, choices),
             notes=notes,
+            without=_LEARNING if held.form == "learning" else "",
         )
     except InvalidValue as error:
         raise FormatError(f"{printable(net.path)}: {error}") from None

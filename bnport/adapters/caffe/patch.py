@@ -70,7 +70,7 @@ def _planned(net: Net, held: Held, layer: Layer, change: Change) -> list[tuple[B
         raise Unrepresentable(
             f"{where}: a caffemodel cannot be given {listed(sorted(others))}; what runs the net is its prototxt"
         )
-    if held.form in ("inverse-std", "affine") and fields & {"mean", "variance"}:
+    if held.form in ("inverse-std", "affine", "learning") and fields & {"mean", "variance"}:
         what = "1/std in place of the variance" if held.form == "inverse-std" else "a folded affine and no statistics"
         raise Unrepresentable(f"{where}: holds {what}; a mean and a variance cannot be written there bit for bit")
     if "variance" in fields and record.epsilon != layer.epsilon and "epsilon" not in layer.assumed:

@@ -30,7 +30,8 @@ class Held(NamedTuple):
     """One record of a net: its name, the nodes that it is made of, and the blob of each field.
 
     fields: of gamma, beta, mean, variance, factor: the blob.
-    form:   "scaled" (mean and variance multiplied by factor), "plain", "inverse-std" or "affine" (no statistics).
+    form:   "scaled" (mean and variance multiplied by factor), "plain", "inverse-std", "affine" (folded: no
+            statistics needed) or "learning" (no statistics stored).
     """
 
     name: str

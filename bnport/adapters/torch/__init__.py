@@ -4,7 +4,7 @@
 |-------------------------|-----------|---------------------------------------------------------------------------|
 | weight                  | gamma     | absent with affine=False: ones. InPlaceABN: gamma = abs(weight) + eps     |
 | bias                    | beta      | absent with affine=False or bias=False: zeros                             |
-| running_mean            | mean      | track_running_stats=False holds none, and is refused                      |
+| running_mean            | mean      | track_running_stats=False holds none: listed, and refused without data    |
 | running_var             | variance  | the unbiased estimate, copied as it is                                    |
 | eps                     | epsilon   | not in a state dict: 1e-5 is assumed and said; --epsilon sets it          |
 | momentum                | momentum  | ours = 1 - theirs (theirs weighs the new value); None: cumulative average |
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from bnport.adapters.torch.checkpoint import Checkpoint
-    from bnport.layer import Change
+    from bnport.layer import Change, Layer
 
 SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".tar", ".jit", ".safetensors")
 PACKAGES = ("torch",)
@@ -48,7 +48,7 @@ def recognise(head: bytes, path: str) -> bool:
     from bnport.adapters.torch.checkpoint import is_legacy, is_tar
 
     if head.startswith(b"PK"):
-        return _zip_kind(path) != ""
+        return _first_member_is_torchs(head, path) or _zip_kind(path) != ""
     if is_legacy(head) or is_tar(head):
         return True
     if head[8:9] == b"{" and not head.startswith(b"{"):
@@ -61,6 +61,13 @@ def recognise(head: bytes, path: str) -> bool:
         except BnportError:
             return path.lower().endswith(".safetensors")
     return path.lower().endswith(".safetensors") and len(head) > 0
+
+
+def _first_member_is_torchs(head: bytes, path: str) -> bool:
+    """Whether a file with one of our suffixes begins as torch.save, torch.jit.save and torch.export do."""
+    name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+    inside = name.partition(b"/")[2]
+    return path.lower().endswith(SUFFIXES) and (inside == b"data.pkl" or inside.startswith((b"data/", b"code/")))
 
 
 def _zip_kind(path: str) -> str:
@@ -98,28 +105,35 @@ def read(
     if isinstance(opened, Layers):
         return opened
     checkpoint = opened
-    from bnport.adapters.torch.modules import layers_of_module, state_of
-    from bnport.adapters.torch.script import is_script, layers_of_script
-    from bnport.adapters.torch.search import chosen, models_in
-    from bnport.adapters.torch.state import layers_of_state
-
     where = checkpoint.where
-    if is_script(checkpoint):
+    if checkpoint.is_script:
+        from bnport.adapters.torch.script import layers_of_script
+
         scripted, more = layers_of_script(checkpoint, inplace_abn)
         return Layers(scripted, source=source, format="torch", notes=[*checkpoint.notes, *more])
+    from bnport.adapters.torch.search import chosen, models_in, state_of
+
     found = models_in(checkpoint.value, checkpoint, lambda value: state_of(value) is not None)
     if len(found) > 1:  # modules without BatchNorm are no candidates
-        found = [c for c in found if c.tensors is not None or layers_of_module(c.value, checkpoint, inplace_abn)[0]]
+        found = [c for c in found if c.tensors is not None or _module_layers(c.value, checkpoint, inplace_abn)[0]]
     model, notes = chosen(found, key, where)
     notes = [*checkpoint.notes, *notes]
     if model is None:
         return Layers(source=source, format="torch", notes=[*notes, _NONE_FOUND])
     if model.tensors is not None:
+        from bnport.adapters.torch.state import layers_of_state
+
         versions = checkpoint.versions(model.value)
         layers, more = layers_of_state(model.tensors, versions, where, inplace_abn, epsilon)
     else:
-        layers, more = layers_of_module(model.value, checkpoint, inplace_abn)
+        layers, more = _module_layers(model.value, checkpoint, inplace_abn)
     return Layers(layers, source=source, format="torch", notes=[*notes, *more, *([] if layers else [_NONE_FOUND])])
+
+
+def _module_layers(value: Any, checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
+    from bnport.adapters.torch.modules import layers_of_module
+
+    return layers_of_module(value, checkpoint, inplace_abn)
 
 
 def _opened(file: ReadFile) -> Checkpoint | Layers:
@@ -156,6 +170,26 @@ def _read_safetensors(path: str, inplace_abn: bool | None, epsilon: float | None
         raise FormatError(f"{printable(path)}: is bnport's own record file, not a PyTorch model")
     layers, notes = layers_of_state(tensors, {}, printable(path), inplace_abn, epsilon)
     return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
+
+
+def write(
+    target: str,
+    changes: Mapping[str, Change],
+    out: str,
+    *,
+    key: str | None = None,
+    inplace_abn: bool | None = None,
+) -> None:
+    """Make, at the new path `out`, a copy of the file `target` with the changes; all else stays byte for byte.
+
+    gamma, beta, mean and variance are replaced where they lie (zip and legacy checkpoints, whole modules, TorchScript,
+    torch.export, safetensors), the archive's checksums brought up to date. epsilon and momentum are not written: a state
+    dict holds none, and in other files they are code or pickled attributes. Raises InvalidValue for numbers that are not
+    rounded to the file's dtype, strided views, compressed archives, and memory shared with another layer.
+    """
+    from bnport.adapters.torch.writing import write_file
+
+    write_file(target, read(target, key=key, inplace_abn=inplace_abn), changes, out)
 
 
 def apply(model: Any, changes: Mapping[str, Change], *, inplace_abn: bool | None = None) -> None:

@@ -38,6 +38,11 @@ class Checkpoint:
         if archive is not None and not archive.checksums:
             self.notes.append("the file was written without checksums; damage to it cannot be noticed")
 
+    @property
+    def is_script(self) -> bool:
+        """Whether it is a TorchScript archive."""
+        return isinstance(self.value, Node) and self.value.path.startswith("__torch__.") and self.archive is not None
+
     def items(self, value: Any) -> dict[Any, Any] | None:
         """The items of a dict, or of a stand-in for a kind of dict; None for anything else."""
         if isinstance(value, dict):
@@ -80,7 +85,7 @@ def open_zip(file: ReadFile, archive: Archive, root: str) -> Checkpoint:
         if not (isinstance(id, tuple) and len(id) >= 5 and id[0] in ("storage", b"storage")):
             return Persistent(id)
         dtype, key, count = storage_dtype(id[1]), id[2], id[4]
-        return Storage(dtype, count, member_reader(archive, f"{root}data/{key}", dtype, _count(count, where), order))
+        return member_storage(archive, f"{root}data/{key}", dtype, _count(count, where), order)
 
     value, _ = load(archive.read(root + "data.pkl", SIZE_LIMIT), where, persistent=persistent)
     return Checkpoint(where, value, archive, root)
@@ -92,8 +97,8 @@ def _count(count: Any, where: str) -> int:
     return count
 
 
-def member_reader(archive: Archive, name: str, dtype: str, count: int, order: bytes) -> Callable[[int, int], bytes]:
-    """Reads bytes of a storage that is an archive member, its checksum checked."""
+def member_storage(archive: Archive, name: str, dtype: str, count: int, order: bytes = b"little") -> Storage:
+    """A storage that is an archive member; its checksum is checked when it is read."""
     item = ITEM_SIZE.get(dtype, 1)
     checked: list[bool] = []
 
@@ -115,7 +120,11 @@ def member_reader(archive: Archive, name: str, dtype: str, count: int, order: by
             data = archive.pread(name, start, length)
         return data if order == b"little" else _swapped(data, item)
 
-    return read
+    def place(start: int) -> tuple[str, int]:
+        return name, archive.window(name)[0] + start
+
+    writable = order == b"little" and name in archive and archive.member(name).method == STORED
+    return Storage(dtype, count, read, place if writable else None)
 
 
 def _swapped(data: bytes, item: int) -> bytes:
@@ -201,7 +210,7 @@ class _Position:
                 raise FormatError(f"{printable(file.path)}: storage {printable(key)!r} is missing")
             return file.pread(self.start + offset * item + start, length, f"storage {key!r}")
 
-        return Storage(self.dtype, count, read)
+        return Storage(self.dtype, count, read, lambda start: ("", self.start + offset * item + start))
 
 
 class _Pickles:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from bnport.adapters.torch.layers import kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
 from bnport.adapters.torch.state import ROOT
-from bnport.adapters.torch.tensors import Storage, located
+from bnport.adapters.torch.tensors import located
 from bnport.containers.tensor import ITEM_SIZE
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bnport.adapters.torch.tensors import Storage
     from bnport.containers.tensor import Tensor
     from bnport.containers.zip import Archive
     from bnport.layer import Kernel, Layer
@@ -89,12 +90,12 @@ def _tensors(archive: Archive, root: str, where: str) -> dict[str, Tensor]:
 
 
 def _storage(archive: Archive, member: str, dtype: str, where: str) -> Storage:
-    from bnport.adapters.torch.checkpoint import member_reader
+    from bnport.adapters.torch.checkpoint import member_storage
 
     if member not in archive:
         raise FormatError(f"{where}: storage {printable(member)!r} is missing")
     count = archive.member(member).size // ITEM_SIZE.get(dtype, 1)
-    return Storage(dtype, count, member_reader(archive, member, dtype, count, b"little"))
+    return member_storage(archive, member, dtype, count)
 
 
 class _Node:

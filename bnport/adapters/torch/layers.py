@@ -21,7 +21,8 @@ _ONES = {"float64": b"\0\0\0\0\0\0\xf0?", "float32": b"\0\0\x80?", "float16": b"
 
 NO_STATISTICS = (
     "holds no running statistics (track_running_stats=False): it normalises each batch by itself, so there is no fixed"
-    " function to port. Set track_running_stats=True, run training batches through it (bnport calibrate does), save again"
+    " function to port. Compute them from data (bnport convert --calibrate DATA, or bnport calibrate), or set"
+    " track_running_stats=True, run training batches through it and save again"
 )
 LAZY = "is a lazy layer that has not seen a batch yet; run one batch through the model, then save it"
 
@@ -39,27 +40,28 @@ def make_layer(
     kernel: Kernel | None = None,
     inputs: tuple[str, ...] | None = None,
     notes: Iterable[str] = (),
+    channels: int | None = None,
 ) -> Layer:
     """A Layer from torch's four tensors, checked.
 
-    `tensors`: weight, bias, running_mean, running_var; the first two may be missing. `epsilon`: None assumes torch's
+    `tensors`: weight, bias, running_mean, running_var; the first two may be missing, and so may the last two together
+    where `channels` is given: a layer without statistics. `epsilon`: None assumes torch's
     default. `momentum`: torch's, the fraction of the NEW value. `counter`: num_batches_tracked. `inplace_abn`: gamma is
     |weight| + epsilon. `holds`: of epsilon and momentum, what the source could hold if written to.
     Raises FormatError, naming file and tensor, for a missing or badly shaped array.
     """
     shown = f"{where}: {printable(name)}"
     present = {theirs: tensor for theirs, tensor in tensors.items() if tensor is not None}
-    for theirs in ("running_mean", "running_var"):
-        if theirs not in present:
-            raise FormatError(f"{shown}: {theirs} is missing")
-    shape = present["running_mean"].shape
+    missing = [theirs for theirs in ("running_mean", "running_var") if theirs not in present]
+    if missing and (len(missing) == 1 or channels is None):
+        raise FormatError(f"{shown}: {missing[0]} is missing")
+    shape = (channels or 0,) if missing else present["running_mean"].shape
     for theirs, tensor in present.items():
         if tensor.dtype not in FLOATS:
             raise FormatError(f"{shown}.{theirs}: expected floating-point numbers, got dtype {printable(tensor.dtype)}")
         if len(tensor.shape) != 1 or tensor.shape != shape or not tensor.size:
             raise FormatError(
-                f"{shown}.{theirs}: expected shape (channels,), the same for all; got {tensor.shape},"
-                f" running_mean has {shape}"
+                f"{shown}.{theirs}: expected shape (channels,), the same for all; got {tensor.shape}, expected {shape}"
             )
     assumed = ["epsilon"] if epsilon is None else []
     epsilon = EPSILON if epsilon is None else epsilon
@@ -69,7 +71,7 @@ def make_layer(
         notes.append(f"stored as {' and '.join(dtypes)}")
     if inplace_abn:
         notes.append("InPlaceABN: gamma is |weight| + epsilon")
-    if counter is not None and _untrained(present, counter):
+    if counter is not None and not missing and _untrained(present, counter):
         notes.append("untrained: it never saw a batch (num_batches_tracked 0, mean 0, variance 1)")
     by_field = {FIELD_OF[theirs]: tensor for theirs, tensor in present.items()}
 
@@ -88,11 +90,12 @@ def make_layer(
             momentum=None if momentum is None else round(1 - momentum, 12),
             stores=[*by_field, *holds],
             assumed=assumed,
-            dtype=dtypes[-1],
+            dtype=dtypes[-1] if dtypes else "float32",
             tensors={f: t for f, t in by_field.items() if not (inplace_abn and f == "gamma")},
             kernel=kernel,
             inputs=inputs,
             notes=notes,
+            without=NO_STATISTICS if missing else "",
         )
     except InvalidValue as error:
         raise FormatError(f"{where}: {error}") from None

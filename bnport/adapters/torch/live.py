@@ -175,8 +175,6 @@ def _layer(
     values = {n: getattr(module, n, None) for n in FIELD_OF}
     if any(value is not None and is_lazy(value) for value in values.values()):
         raise FormatError(f"{where}: {printable(name)} {LAZY}")
-    if values["running_mean"] is None:
-        raise FormatError(f"{where}: {printable(name)} {NO_STATISTICS}")
     epsilon, notes = getattr(module, "eps", None), []
     if epsilon is None and hasattr(module, "code"):
         from bnport.adapters.torch.script import epsilon_in_code
@@ -202,6 +200,7 @@ def _layer(
         kernel=kernel,
         inputs=inputs,
         notes=notes,
+        channels=getattr(module, "num_features", None),
     )
 
 

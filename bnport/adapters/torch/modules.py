@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bnport.adapters.torch.layers import LAZY, NO_STATISTICS, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import LAZY, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.search import state_of
 from bnport.adapters.torch.state import ROOT, plain_names
 from bnport.containers.pickle import Global, Node
 from bnport.errors import FormatError, printable
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
 
 DEPTH = 100  # of modules in modules
 MODULES = 100_000
-
-
-def state_of(value: Any) -> dict[str, Any] | None:
-    """The __dict__ of a pickled nn.Module, or None if the value is none."""
-    if not isinstance(value, Node):
-        return None
-    state = value.state
-    if not isinstance(state, dict) and value.path == "torch.fx.graph_module.reduce_graph_module" and value.args:
-        state = value.args[0]
-    return state if isinstance(state, dict) and "_modules" in state and "_buffers" in state else None
 
 
 def class_of(value: Any) -> str:
@@ -107,8 +98,7 @@ def _layer(
     values = {n: _get(state, n, checkpoint) for n in ("weight", "bias", "running_mean", "running_var")}
     if any(isinstance(v, Node) and "Uninitialized" in _innermost(v) for v in values.values()):
         raise FormatError(f"{where} {LAZY}")
-    if values["running_mean"] is None:
-        raise FormatError(f"{where} {NO_STATISTICS}")
+    channels = state.get("num_features")
     tensors = {n: checkpoint.tensor(v, f"{name}.{n}") for n, v in values.items()}
     for n, value in values.items():
         if value is not None and tensors[n] is None:
@@ -133,6 +123,7 @@ def _layer(
         inplace_abn=inplace and tensors["weight"] is not None,
         kernel=kernel,
         notes=notes,
+        channels=channels if isinstance(channels, int) and channels > 0 else None,
     )
 
 

@@ -20,12 +20,6 @@ DEPTH = 100
 MODULES = 100_000
 
 
-def is_script(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint is a TorchScript archive."""
-    value = checkpoint.value
-    return isinstance(value, Node) and value.path.startswith("__torch__.") and checkpoint.archive is not None
-
-
 def epsilon_in_code(code: str) -> tuple[float | None, float | None, bool]:
     """(epsilon, momentum, whether it runs in training mode) of a module's TorchScript code; None where it does not say.
 

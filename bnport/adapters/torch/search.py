@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from bnport.containers.pickle import Node
 from bnport.errors import FormatError, NotFound, Question, listed, printable
 
 if TYPE_CHECKING:
@@ -30,6 +31,16 @@ class Reader(Protocol):
     def tensor(self, value: Any, name: str) -> Tensor | None:
         """The tensor that a value is, or None."""
         ...
+
+
+def state_of(value: Any) -> dict[str, Any] | None:
+    """The __dict__ of a pickled nn.Module, or None if the value is none."""
+    if not isinstance(value, Node):
+        return None
+    state = value.state
+    if not isinstance(state, dict) and value.path == "torch.fx.graph_module.reduce_graph_module" and value.args:
+        state = value.args[0]
+    return state if isinstance(state, dict) and "_modules" in state and "_buffers" in state else None
 
 
 class Found(NamedTuple):

@@ -34,12 +34,39 @@ _REBUILD_PARAMETER = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_
 
 
 class Storage:
-    """A flat run of elements in a file: dtype (torch's name if unknown here), count, `read(start byte, byte count)`."""
+    """A flat run of elements in a file.
 
-    __slots__ = ("count", "dtype", "read")
+    dtype: torch's name if unknown here. count: of elements. read: (start byte, byte count) -> bytes, little-endian.
+    place: start byte -> (archive member or "", offset in the file); None where the bytes cannot be written in place.
+    """
 
-    def __init__(self, dtype: str, count: int, read: Callable[[int, int], bytes]) -> None:
-        self.dtype, self.count, self.read = dtype, count, read
+    __slots__ = ("count", "dtype", "place", "read")
+
+    def __init__(
+        self,
+        dtype: str,
+        count: int,
+        read: Callable[[int, int], bytes],
+        place: Callable[[int], tuple[str, int]] | None = None,
+    ) -> None:
+        self.dtype, self.count, self.read, self.place = dtype, count, read, place
+
+
+class PlacedTensor(Tensor):
+    """A tensor whose bytes lie in one run: `place()` says in which archive member ("" for none) and where in the file."""
+
+    __slots__ = ("place",)
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        read: Callable[[], bytes],
+        place: Callable[[], tuple[str, int]],
+    ) -> None:
+        super().__init__(name, dtype, shape, read)
+        self.place = place
 
 
 def storage_dtype(kind: object) -> str:
@@ -118,7 +145,10 @@ def located(
         data = storage.read(offset * item, (reach - offset + 1) * item)
         return data if _contiguous(shape, strides) else _gathered(data, shape, strides, item)
 
-    return Tensor(name, dtype, shape, read)
+    place = storage.place
+    if place is None or not _contiguous(shape, strides):
+        return Tensor(name, dtype, shape, read)
+    return PlacedTensor(name, dtype, shape, read, lambda: place(offset * item))
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -1,0 +1,114 @@
+"""A source without statistics, converted with data. Oracle: PyTorch on the whole data set as one batch.
+
+With track_running_stats=False torch normalises by the batch's own biased statistics; with all images in one batch these are
+the population's, so the Keras port calibrated on the same images must compute the same function.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import bnport
+from bnport.cli import main
+from bnport.errors import InvalidValue, Unrepresentable
+
+from .test_digits import DIGITS, NAMES
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for number, (old, new) in enumerate(((1, 16), (16, 32), (32, 32)), start=1):
+            self.add_module(f"conv{number}", torch.nn.Conv2d(old, new, 3, padding=1, bias=False))
+            self.add_module(f"bn{number}", torch.nn.BatchNorm2d(new, eps=3e-4, track_running_stats=False))
+        self.fc = torch.nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pool = torch.nn.functional.max_pool2d
+        x = pool(torch.relu(self.bn1(self.conv1(x))), 2)
+        x = pool(torch.relu(self.bn2(self.conv2(x))), 2)
+        return self.fc(torch.relu(self.bn3(self.conv3(x))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return (load_digits().images[..., None] / 255).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, images):
+    """net.pt without statistics, twin.keras with its kernels, images.npy, and torch's outputs on one batch of all."""
+    path = tmp_path_factory.mktemp("calibrated")
+    state = torch.load(DIGITS / "digits.pth", weights_only=True)
+    net = Net().eval()
+    net.load_state_dict({k: v for k, v in state.items() if "running" not in k and "tracked" not in k})
+    torch.save(net, path / "net.pt")
+    with torch.no_grad():
+        np.save(path / "outputs.npy", net(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy())
+    np.save(path / "images.npy", images)
+    twin = keras.saving.load_model(DIGITS / "twin.keras")
+    for number in (1, 2, 3):
+        twin.get_layer(f"conv{number}").set_weights([state[f"conv{number}.weight"].numpy().transpose(2, 3, 1, 0)])
+    twin.get_layer("fc").set_weights([state["fc.weight"].numpy().T, state["fc.bias"].numpy()])
+    twin.save(path / "twin.keras")
+    return path
+
+
+def test_without_data_it_is_refused_with_the_command_that_helps(folder, tmp_path, capsys):
+    assert main(["convert", str(folder / "net.pt"), str(folder / "twin.keras"), "-o", str(tmp_path / "o.keras")]) == 2
+    assert "--calibrate DATA" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main(["show", str(folder / "net.pt")]) == 0
+    assert "holds no running statistics" in capsys.readouterr().out
+
+
+def test_with_data_the_port_computes_what_torch_computes_on_the_whole_data_set(folder, tmp_path, images, capsys):
+    out = tmp_path / "out.keras"
+    command = ["convert", str(folder / "net.pt"), str(folder / "twin.keras"), "-o", str(out)]
+    assert main([*command, "--calibrate", str(folder / "images.npy"), "--calibrate-options", "--batch-size 256"]) == 0
+    assert "mean and variance computed from" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out.keras"]
+    model = keras.saving.load_model(out)
+    assert {model.get_layer(name).epsilon for name in NAMES} == {3e-4}
+    outputs = model.predict(images, verbose=0)
+    np.testing.assert_allclose(outputs, np.load(folder / "outputs.npy"), atol=5e-4)
+
+
+def test_a_live_model_is_converted_and_calibrated_in_place(folder, images):
+    from bnport.calibrated import convert_calibrated
+
+    model = keras.saving.load_model(folder / "twin.keras")
+    model.predict(images[:10], verbose=0)
+    report = convert_calibrated(folder / "net.pt", model, None, images)
+    assert report.ok
+    np.testing.assert_allclose(model.predict(images, verbose=0), np.load(folder / "outputs.npy"), atol=5e-4)
+
+
+def test_bad_data_leaves_a_live_model_as_it_was(folder, images):
+    from bnport.calibrated import convert_calibrated
+
+    model = keras.saving.load_model(folder / "twin.keras")
+    before = [w.copy() for w in model.get_weights()]
+    with pytest.raises(InvalidValue):
+        convert_calibrated(folder / "net.pt", model, None, np.full_like(images, np.nan))
+    assert all((a == b).all() for a, b in zip(before, model.get_weights(), strict=True))
+    assert {model.get_layer(name).epsilon for name in NAMES} == {1e-3}
+
+
+def test_a_target_without_gamma_cannot_absorb_one_before_there_are_statistics(folder, tmp_path, images):
+    from bnport.calibrated import convert_calibrated
+
+    inputs = x = keras.Input((8, 8, 1))
+    for number, width in enumerate((16, 32, 32), start=1):
+        x = keras.layers.Conv2D(width, 3, padding="same", use_bias=False)(x)
+        x = keras.layers.BatchNormalization(name=f"bn{number}", scale=number != 2)(x)
+    path, out = tmp_path / "t.keras", tmp_path / "o.keras"
+    keras.Model(inputs, x).save(path)
+    with pytest.raises(Unrepresentable, match="bn2: has no gamma"):
+        convert_calibrated(folder / "net.pt", path, out, images)
+    assert bnport.read(path)["bn1"].epsilon == 1e-3
+    assert not out.exists()
