@@ -120,8 +120,14 @@ def convert(
         if not results[0].ok:
             raise _NotTheSame
 
+    known = adapter.write.__kwdefaults__ or {}
+    writing = {name: value for name, value in (target_options or {}).items() if name in known}
+
+    def build(new: str) -> None:
+        adapter.write(path, changes, new, **writing)
+
     with contextlib.suppress(_NotTheSame):
-        replace_file(destination, lambda new: adapter.write(path, changes, new), check, force=force, inputs=inputs)
+        replace_file(destination, build, check, force=force, inputs=inputs)
     return results[0]
 
 

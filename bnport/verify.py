@@ -228,7 +228,8 @@ def check_bits(
         change, differing, channel = changes.get(name), 0, 0
         notes: list[str] = []
         held, absent = new.arrays(), {"gamma": np.ones(new.channels), "beta": np.zeros(new.channels)}
-        untouched = old.arrays() if change is None or set(FIELDS) - change.fields else {}
+        unwritten = set(FIELDS) - (change.fields if change else set()) - ({"gamma", "beta"} - old.stores)
+        untouched = old.arrays() if unwritten else {}
         for field in FIELDS:
             if change is not None and field in change.fields:
                 expected = getattr(change.record, field)
