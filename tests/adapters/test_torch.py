@@ -28,6 +28,9 @@ class _StateDict(FileContract):
     def build(self, records, path, absent=()):
         self.save(chain(records, absent, DTYPES[self.dtype]), path)
 
+    def others(self, path):
+        return {n: t.float().numpy().tobytes() for n, t in self.load(path).items() if n[0] in "13" or "tracked" in n}
+
     def run(self, path, x):
         return output(rebuilt_from(self.load(path)), x, DTYPES[self.dtype])
 
