@@ -1,6 +1,6 @@
 """Mean and variance from data: what a model's BatchNorm layers should hold, and what a folder of images has.
 
-The package is also the function: bnport.calibrate(model, data, ...) is bnport.calibrate.run.calibrate.
+`bnport.calibrate(model, data, ...)` is the function calibrate() of run.py; this package is what it is made of.
 
     moments.py, sums.py       count, mean and m2 per channel; how they merge; the loops under them
     executors.py, pinned.py   one function over many blocks: processes, Dask, Ray; workers that keep their state
@@ -51,12 +51,7 @@ threads or BLAS. Activations do depend on the framework's kernels: use one kind 
 
 from __future__ import annotations
 
-import sys
-import types
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from bnport.calibrate.result import Calibration
+from typing import Any
 
 _HOMES = {  # name -> module of this package, imported at the first use
     "calibrate": "run",
@@ -75,14 +70,3 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-class _Callable(types.ModuleType):
-    def __call__(self, model: Any, data: Any, **options: Any) -> Calibration:
-        """See bnport.calibrate.run.calibrate."""
-        from bnport.calibrate.run import calibrate
-
-        return calibrate(model, data, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

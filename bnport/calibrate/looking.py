@@ -87,7 +87,7 @@ class Looking:
 
     def trace(self, inputs: list[Any]) -> None:
         """Find the calls, on one batch."""
-        calls, before = self._calls(inputs, None)
+        calls, before = self.calls(inputs)
         earlier = [set(range(k)) for k in range(len(calls))]
         if len({id(norm) for norm in calls}) < len(calls):
             for spoiled in range(len(calls)):
@@ -96,6 +96,13 @@ class Looking:
                     if k >= len(now) or now[k] == before[k]:
                         earlier[k].discard(spoiled)
         self.uses = [Use(norm, after) for norm, after in zip(calls, earlier, strict=True)]
+
+    def calls(self, inputs: list[Any]) -> tuple[list[Norm], list[bytes]]:
+        """The layers that one batch calls, in order, and digests of their inputs; also those inside a tf.function."""
+        found = self._calls(inputs, None)
+        if {id(norm) for norm in found[0]} != {id(norm) for norm in self.norms} and self.live.open_functions():
+            found = self._calls(inputs, None)
+        return found
 
     def _calls(self, inputs: list[Any], spoiled: int | None) -> tuple[list[Norm], list[bytes]]:
         """The layers called, in order, and a digest of each input, the output of call number `spoiled` made NaN."""

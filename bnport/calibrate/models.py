@@ -117,6 +117,7 @@ class LiveModel:
         self.backend: str = self.keras.backend.backend() if self.version == 3 else "tensorflow"
         self.tree: Any = self.keras.tree if self.version == 3 else sys.modules["tensorflow"].nest
         self.norms = self._find_norms()
+        self._stack = contextlib.ExitStack()
 
     def _find_norms(self) -> list[Norm]:
         found = find(self.model)  # the names that `bnport show` and the written file use
@@ -159,15 +160,11 @@ class LiveModel:
         Seed generators advanced by a layer that draws at inference (dropout called with training=True) are put back.
         """
         random = self._random_state()
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as self._stack:
             if self.backend == "torch":
-                stack.enter_context(sys.modules["torch"].no_grad())
-            if self.backend == "tensorflow":
-                tf = sys.modules["tensorflow"]
-                eager = tf.config.functions_run_eagerly()
-                if not eager:
-                    tf.config.run_functions_eagerly(True)  # a call inside a tf.function could not be looked into
-                    stack.callback(tf.config.run_functions_eagerly, False)
+                self._stack.enter_context(sys.modules["torch"].no_grad())
+            if any(_has_functions(layer) for layer in _below(self.model)):
+                self.open_functions()
             try:
                 yield
             finally:
@@ -176,6 +173,21 @@ class LiveModel:
                 clear = getattr(self.model, "_clear_losses", None)
                 if clear is not None:
                     clear()
+
+    def open_functions(self) -> bool:
+        """Run what is inside a tf.function eagerly until `running` ends: a compiled call cannot be looked into.
+
+        Only where it is needed: Keras compiles some operations because they have no eager kernel. Returns whether that
+        changed anything.
+        """
+        if self.backend != "tensorflow":
+            return False
+        config = sys.modules["tensorflow"].config
+        if config.functions_run_eagerly():
+            return False
+        config.run_functions_eagerly(True)
+        self._stack.callback(config.run_functions_eagerly, False)
+        return True
 
     def _random_state(self) -> list[tuple[Any, Array]]:
         states: list[Any] = []
@@ -316,6 +328,13 @@ def _keras_of(model: Any) -> Any:
     raise InvalidValue(
         f"expected a live Keras model, got a {printable(kind)}; for a file use bnport.calibrate.calibrate_file"
     )
+
+
+def _has_functions(layer: Any) -> bool:
+    """Whether a layer's own code has a tf.function; those that Keras makes for fit and predict do not count."""
+    spaces = [vars(base) for base in type(layer).__mro__ if base.__module__.split(".")[0] not in ("keras", "tf_keras")]
+    own = {name: value for space in (*spaces, vars(layer)) for name, value in space.items()}
+    return any(hasattr(value, "get_concrete_function") for name, value in own.items() if not name.endswith("_function"))
 
 
 def _below(layer: Any) -> list[Any]:

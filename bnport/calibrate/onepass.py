@@ -17,20 +17,20 @@ computes them in float32, and is off by 500 times the variance at mean / std = 1
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.calibrate.graph import DATA
-from bnport.calibrate.looking import run
+from bnport.calibrate.graph import DATA, Step, steps_of
+from bnport.calibrate.looking import Looking, run
 from bnport.calibrate.models import Stop, hooked
 from bnport.calibrate.moments import Tree
 from bnport.errors import BnportError, InvalidValue, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from bnport.calibrate.frontier import Progress
-    from bnport.calibrate.graph import Step
     from bnport.calibrate.models import LiveModel, Norm
     from bnport.calibrate.moments import Moments
     from bnport.record import Array
@@ -165,14 +165,15 @@ class OnePass:
     ) -> None:
         """Put all batches through the model. `hint` is their number if known (0: not), for progress."""
         step: Step = _whole(self.live)
-        seen = 0
+        steps, _ = steps_of(self.live)
+        if any(step.norms and not step.whole for step in steps):
+            batches = self._looked_into(step, iter(batches))  # before the hooks below are in place
         with hooked(self.selected, self._hook):
             for batch in batches:
                 try:
                     run(step, [batch])
                 except Stop as stop:
                     raise (stop.error or InvalidValue(f"{self.live.what}: interrupted")) from None
-                seen += 1
                 self.batches += 1
                 if progress is not None:
                     progress(self.batches, max(hint, self.batches) if hint else 0, f"batch {self.batches}")
@@ -180,6 +181,13 @@ class OnePass:
                     after_batch()
         if not self.batches:
             raise InvalidValue("no data: there was not a single batch")
+
+    def _looked_into(self, step: Step, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; on the first it was seen whether every layer can be reached: if not, tf.functions run eagerly."""
+        first = list(itertools.islice(batches, 1))
+        for batch in first:
+            Looking(self.live, step, self.selected).calls([batch])
+        return itertools.chain(first, batches)
 
     def count(self, norm: Norm) -> int:
         """How many numbers per channel a layer has seen."""
@@ -198,6 +206,4 @@ class OnePass:
 
 
 def _whole(live: LiveModel) -> Step:
-    from bnport.calibrate.graph import Step
-
     return Step(live.what, (DATA,), (DATA + 1,), lambda values: [live.call(values[0])], (), False)

@@ -162,7 +162,9 @@ def test_a_batch_of_one_has_no_unbiased_variance_and_nothing_changes():
     assert calibrate(model, x, batch_size=32, method="precise", unbiased=True)["one"].n == 65
 
 
-def test_a_model_compiled_into_a_function_is_looked_into_all_the_same():
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("method", ["population", "precise"])
+def test_a_layer_inside_a_tf_function_is_reached(hidden, method):
     import tensorflow as tf
 
     class Compiled(keras.Model):
@@ -174,10 +176,35 @@ def test_a_model_compiled_into_a_function_is_looked_into_all_the_same():
         def call(self, x, training=None):
             return self.bn(x, training=training)
 
-    model, x = Compiled(), nets.data(40, (4,))
+    outside = {}
+
+    class Hidden(Compiled):
+        def call(self, x, training=None):
+            if "function" not in outside:  # known to no layer, and traced before anything is looked into
+                outside["function"] = tf.function(lambda x: self.bn(x, training=False))
+            return outside["function"](x)
+
+    model, x = (Hidden if hidden else Compiled)(), nets.data(40, (4,))
+    model.bn.build((None, 4))
     model(x)
-    for method in ("population", "precise"):
-        result = calibrate(model, x, method=method)
-        np.testing.assert_allclose(result["bn"].variance, x.astype(float).var(0), rtol=1e-6)
-        result.undo()
+    result = calibrate(model, x, method=method)
+    np.testing.assert_allclose(result["bn"].variance, x.astype(float).var(0), rtol=1e-6)
     assert not tf.config.functions_run_eagerly()
+
+
+def test_operations_that_keras_compiles_stay_compiled():
+    """TensorFlow has no eager kernel for 3-D convolutions with the channels first on a CPU."""
+    import tensorflow as tf
+
+    i = keras.Input((2, 5, 5, 5))
+    x = L.BatchNormalization(axis=1, name="bn")(L.Conv3D(3, 2, data_format="channels_first")(i))
+    model, x = nets.stir(keras.Model(i, x)), nets.data(40, (2, 5, 5, 5))
+    seen = {}
+    original = tf.config.run_functions_eagerly
+    tf.config.run_functions_eagerly = lambda flag: seen.setdefault("flag", flag)
+    try:
+        for method in ("population", "precise"):
+            calibrate(model, x, method=method)
+    finally:
+        tf.config.run_functions_eagerly = original
+    assert not seen

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-import bnport.calibrate
+import bnport
 from bnport.calibrate.run import calibrate
 from bnport.errors import InvalidValue, NotFound, OutputError, Unrepresentable
 from tests.calibrate import nets
@@ -322,6 +322,6 @@ def test_progress_ends_at_its_total_and_never_goes_back():
     assert "round 2 of 4 (left, right)" in {what for _, _, what in seen}
 
 
-def test_the_package_is_the_function():
-    model = nets.branches()
-    assert repr(bnport.calibrate(model, nets.data())) == "<Calibration of 5 layers by population>"
+def test_it_is_offered_at_the_top():
+    assert bnport.calibrate is calibrate
+    assert repr(bnport.calibrate(nets.branches(), nets.data())) == "<Calibration of 5 layers by population>"
