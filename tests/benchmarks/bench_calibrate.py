@@ -29,9 +29,9 @@ def plain_way(keras, model, batches, every, numpy):
         prefix = keras.Model(model.inputs, layer.input)
         if every and index % every and index != len(norms) - 1:
             continue
-        started = time.perf_counter()
-        merged = merge_all(moments(numpy(prefix(batch, training=False))) for batch in batches)
-        seconds.append(time.perf_counter() - started)
+        started, worked = time.perf_counter(), time.process_time()
+        merged = merge_all(moments(numpy(prefix([batch], training=False))) for batch in batches)
+        seconds.append((time.perf_counter() - started, time.process_time() - worked))
         if not every:
             layer.moving_mean.assign(merged.mean.astype("float32"))
             layer.moving_variance.assign(merged.variance().astype("float32"))
@@ -80,9 +80,8 @@ def main() -> None:
         kept = {layer.name: (layer.mean, layer.variance) for layer in result.layers}
         result.undo()
     one, ours = (statistics.median(times[name]) for name in ("forward", "frontier"))
-    print(
-        f"{options.model}, {len(kept)} BatchNorm layers, {options.images} images of {options.size} px, {keras.backend.backend()}"
-    )
+    print(f"{options.model}, {len(kept)} BatchNorm layers, {options.images} images of {options.size} px,"
+          f" {keras.backend.backend()}")  # fmt: skip
     print(f"eager forward pass   {one:8.2f} s")
     wall, work = (
         statistics.median(b / a for a, b in zip(t["forward"], t["frontier"], strict=True)) for t in (times, cpu)
@@ -91,9 +90,12 @@ def main() -> None:
           f" {result.resident / 1e6:.0f} MB held, {result.spilled / 1e6:.0f} MB through the disk)")  # fmt: skip
     every = len(kept) // options.naive_layers if options.naive_layers else 0
     found, seconds, count = plain_way(keras, model, batches, every, numpy)
-    total = sum(seconds) * count / len(seconds)
+    total, worked = (sum(times) * count / len(times) for times in zip(*seconds, strict=True))
     said = "measured" if not every else f"scaled up from {len(seconds)} layers"
-    print(f"one pass per layer   {total:8.2f} s   {said}; {total / ours:.1f} times the frontier")
+    print(
+        f"one pass per layer   {total:8.2f} s   {said}; {total / ours:.1f} times the frontier,"
+        f" {worked / statistics.median(cpu['frontier']):.1f} in CPU time"
+    )
     if not every:
         same = all(
             np.array_equal(found[name].mean.astype("float32"), mean.astype("float32"))
