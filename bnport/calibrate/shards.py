@@ -15,7 +15,8 @@ What travels: per round and shard, 24 bytes per channel measured, each way; the 
 to read the model file (put it on storage that they share, with `spill`) and the data.
 
 Each batch must be computed alike everywhere for "the same bits" to hold for activations too: the same versions, the same
-kind of processor, and a framework whose results do not depend on its number of threads.
+kind of processor, the same number of threads. Dask and Ray set OMP_NUM_THREADS=1 in their workers, and the last bits of
+torch's convolutions depend on it: set it in this process too to compare with a run without an engine.
 """
 
 from __future__ import annotations

@@ -172,7 +172,8 @@ def test_two_processes_one_of_them_killed_between_two_rounds_give_the_bits_of_on
     script.write_text(SCRIPT)
     environment = {
         **os.environ,
-        "KERAS_BACKEND": "jax",  # the lightest to start in every worker
+        "KERAS_BACKEND": "torch",  # no compilation: the cheapest for one short run in every worker
+        "OMP_NUM_THREADS": "1",  # Dask and Ray set it in their workers, and torch's convolutions depend on it
         "CANARY": str(tmp_path / "died"),
         "PYTHONPATH": HERE,
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
