@@ -52,9 +52,11 @@ def printable(text: object, limit: int = 200) -> str:
 
     Longer than `limit` characters is cut in the middle.
     """
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text)
-    )
+    shown = str(text)
+    if not shown.isprintable():
+        shown = "".join(
+            c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in shown
+        )
     if len(shown) > limit:
         half = limit // 2 - 2
         shown = f"{shown[:half]}...{shown[-half:]}"

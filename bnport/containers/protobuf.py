@@ -76,8 +76,12 @@ class Buffer:
 
     def text(self, span: Span, what: str = "a name", limit: int = 1 << 16) -> str:
         """A string field. Bytes that are not UTF-8 become \\xNN; show it through printable()."""
-        if span[1] > limit:
-            raise self.error(span[0], f"{what} of {span[1]} bytes; the limit is {limit}")
+        offset, length = span
+        if length > limit:
+            raise self.error(offset, f"{what} of {length} bytes; the limit is {limit}")
+        at = offset - self._base
+        if at >= 0 and at + length <= len(self._window):
+            return self._window[at : at + length].decode("utf-8", "backslashreplace")
         return self.read(span, what).decode("utf-8", "backslashreplace")
 
     def float32(self, span: Span) -> float:
@@ -106,10 +110,12 @@ def fields(buffer: Buffer, start: int = 0, end: int | None = None, depth: int = 
         raise buffer.error(start, f"messages nested more than {MAX_DEPTH} deep")
     if not 0 <= start <= end <= buffer.size:
         raise buffer.error(start, f"a message should end at {end}, the end is at {buffer.size}")
-    position = start
+    position, data, base, safe = start, b"", 0, -1
     while position < end:
         at = position
-        data, base = buffer.window(position)
+        if position > safe:  # a window stays valid for the message that took it, whoever moves the buffer on
+            data, base = buffer.window(position)
+            safe = base + len(data) - _LONGEST_HEADER
         try:
             tag = data[position - base]
             position += 1

@@ -427,3 +427,28 @@ def test_mutated_models_are_read_or_refused_within_time_and_memory(tmp_path):
             assert str(error).isprintable()
     assert time.monotonic() - started < 120
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+@pytest.mark.parametrize("number", range(1, 27))
+@pytest.mark.parametrize("kind", [0, 1, 2, 5])
+def test_a_field_of_another_wire_type_is_skipped_or_refused_with_the_file_named(tmp_path, number, kind):
+    """In a model, its graph, a node, an attribute, a tensor and an opset in turn."""
+    field = wire.encoded_varint(number << 3 | kind) + {0: b"\x07", 1: bytes(8), 2: b"\x03abc", 5: bytes(4)}[kind]
+    data = plain().SerializeToString()
+    buffer = wire.Buffer(data)
+
+    def inner(path, number):
+        start, end = (path[-1][0], sum(path[-1])) if path else (0, len(data))
+        return next(v for n, _, v in wire.fields(buffer, start, end, len(path)) if n == number)
+
+    graph, opset = (inner((), 7),), (inner((), 8),)
+    node, tensor_ = (*graph, inner(graph, 1)), (*graph, inner(graph, 5))
+    for path in ((), graph, opset, node, (*node, inner(node, 5)), tensor_):
+        at = sum(path[-1]) if path else len(data)
+        bad = saved(tmp_path, wire.spliced(buffer, [wire.Edit(at, at, field, path)]))
+        try:
+            everything(bad)
+        except FormatError as error:
+            assert "bad.onnx" in str(error)
+        except BnportError as error:
+            assert "bn0" in str(error) or "bad.onnx" in str(error)

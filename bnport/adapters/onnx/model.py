@@ -49,6 +49,12 @@ class Place(NamedTuple):
             raise self.buffer.error(self.span[0], "a message or a name was expected, the field holds an integer")
         return value
 
+    def integer(self, value: Value, bits: int = 64) -> int:
+        """An int64 (or int32, by `bits`) field."""
+        if not isinstance(value, int):
+            raise self.buffer.error(value[0], "an integer was expected, the field holds bytes")
+        return signed(value, bits)
+
     def text(self, value: Value) -> str:
         """A string field."""
         return self.buffer.text(self.bytes_of(value))
@@ -95,7 +101,7 @@ def _attribute(place: Place) -> Attribute:
             found["f_span"] = place.bytes_of(value)
             found["f"] = place.buffer.float32(place.bytes_of(value))
         elif number == 3:
-            found["i"] = signed(value)
+            found["i"] = place.integer(value)
         elif number == 5:
             found["tensor"] = Stored(place.inner(value), name)
         elif number == 6:
@@ -208,7 +214,7 @@ class Graph:
         self.inputs: list[str] = []
         self.outputs: list[str] = []
         self.sparse: set[str] = set()
-        self._initializers: dict[str, Callable[[], Place]] = {}
+        self._initializers: dict[str, Callable[[], Place] | None] = {}
         self._stored: dict[str, Stored] = {}
         node, inputs, outputs = (7, 4, 5) if function else (1, 11, 12)
         for number, _, value in place.fields():
@@ -221,14 +227,15 @@ class Graph:
             elif number == outputs:
                 self.outputs.append(place.text(value) if function else _name_of(place.inner(value), 1))
             elif number == 5 and not function:
-                tensor = place.inner(value)
-                self.add_initializer(_name_of(tensor, 8), lambda tensor=tensor: tensor)  # type: ignore[misc]
+                stored = Stored(place.inner(value))
+                self.add_initializer(stored.name, None)
+                self._stored[stored.name] = stored
             elif number == 15 and not function:
                 sparse = place.inner(value)
                 self.sparse.update(_name_of(sparse.inner(v), 8) for n, _, v in sparse.fields() if n == 1)
 
-    def add_initializer(self, name: str, place: Callable[[], Place]) -> None:
-        """Note that there is one; FormatError if there is one of that name already."""
+    def add_initializer(self, name: str, place: Callable[[], Place] | None) -> None:
+        """Note that there is one, and how to get at it later; FormatError if there is one of that name already."""
         if name in self._initializers:
             raise FormatError(f"{printable(self.place.buffer.name)}: two initializers are called {printable(name)!r}")
         self._initializers[name] = place
@@ -242,8 +249,9 @@ class Graph:
 
     def initializer(self, name: str) -> Stored | None:
         """The tensor of that name, if it is an initializer here."""
-        if name in self._initializers and name not in self._stored:
-            self._stored[name] = Stored(self._initializers[name](), name)
+        place = self._initializers.get(name)
+        if place is not None and name not in self._stored:
+            self._stored[name] = Stored(place(), name)
         return self._stored.get(name)
 
 
@@ -282,7 +290,7 @@ class Model:
                     raise place.buffer.error(place.bytes_of(value)[0], "a second graph")
                 graphs.append(Graph(place.inner(value)))
             elif number == 1:
-                self.ir_version = signed(value)
+                self.ir_version = place.integer(value)
             elif number == 2:
                 self.producer = place.text(value)
             elif number == 8:
@@ -309,7 +317,7 @@ def _opset(place: Place) -> tuple[str, int]:
         if number == 1:
             domain = place.text(value)
         elif number == 2:
-            version = signed(value)
+            version = place.integer(value)
     return "" if domain in DEFAULT_DOMAIN else domain, version
 
 

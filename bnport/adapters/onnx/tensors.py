@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bnport._lazy import np
 from bnport.containers.files import ReadFile
-from bnport.containers.protobuf import LENGTH, Numbers, signed, varints
+from bnport.containers.protobuf import LENGTH, Numbers, varints
 from bnport.containers.tensor import ITEM_SIZE, Tensor
 from bnport.errors import FormatError, printable
 
@@ -31,6 +31,8 @@ _IN_FLOAT_DATA, _IN_INT32_DATA, _IN_INT64_DATA, _IN_DOUBLE_DATA, _IN_UINT64_DATA
     {"uint32", "uint64"},
 )  # fmt: skip
 MOST_DIMENSIONS = 64
+_NO_INTEGERS: dict[int, list[tuple[int, Value]]] = {}  # shared by the many tensors that have none
+_NOT_OUTSIDE: dict[str, str] = {}
 MOST_INTEGERS = 1 << 20  # numbers that lie one by one in int32_data or int64_data
 
 
@@ -43,32 +45,37 @@ class Stored:
         self.place, self.label = place, label
         self.name, self.kind, self.location = "", 0, 0
         self.raw: Span | None = None
-        self.floats, self.doubles = Numbers(place.buffer, 4), Numbers(place.buffer, 8)
-        self.ints: dict[int, list[tuple[int, Value]]] = {}
-        self.external: dict[str, str] = {}
+        self.floats: Numbers | None = None
+        self.doubles: Numbers | None = None
+        self.ints: dict[int, list[tuple[int, Value]]] = _NO_INTEGERS
+        self.external: dict[str, str] = _NOT_OUTSIDE
         dims: list[int] = []
         for number, wire, value in place.fields():
             if number == 1:
                 dims += varints(place.buffer, wire, value, MOST_DIMENSIONS)
             elif number == 2:
-                self.kind = signed(value, 32)
+                self.kind = place.integer(value, 32)
             elif number == 4:
+                self.floats = self.floats or Numbers(place.buffer, 4)
                 self.floats.add(wire, value)
             elif number in (5, 7, 11):
+                self.ints = self.ints or {}
                 self.ints.setdefault(number, []).append((wire, value))
             elif number == 10:
+                self.doubles = self.doubles or Numbers(place.buffer, 8)
                 self.doubles.add(wire, value)
             elif number == 9 and wire == LENGTH:
                 self.raw = place.bytes_of(value)
             elif number == 8:
                 self.name = place.text(value)
             elif number == 13:
+                self.external = self.external or {}
                 key, text = _entry(place.inner(value))
                 if key in self.external:
                     raise self._bad(f"external data says {key!r} twice")
                 self.external[key] = text
             elif number == 14:
-                self.location = signed(value, 32)
+                self.location = place.integer(value, 32)
             elif number == 3:
                 raise self._bad("is stored in segments, which no released tool writes")
         if len(dims) > MOST_DIMENSIONS or any(d < 0 for d in dims):
@@ -106,8 +113,8 @@ class Stored:
             for form, there in (
                 ("external", self.location == EXTERNAL),
                 ("raw", self.raw is not None and (self.raw[1] or not self.size)),
-                ("floats", self.floats.nbytes),
-                ("doubles", self.doubles.nbytes),
+                ("floats", self.floats and self.floats.nbytes),
+                ("doubles", self.doubles and self.doubles.nbytes),
                 ("ints", any(self.ints.values())),
             )
             if there
@@ -136,6 +143,7 @@ class Stored:
             self._check(span[1], nbytes)
             return Tensor(self.shown, dtype, self.shape, lambda: self.place.buffer.read(span, self.shown))
         numbers = self.floats if form == "floats" else self.doubles
+        assert numbers is not None
         self._check(numbers.nbytes, nbytes)
         return Tensor(self.shown, dtype, self.shape, numbers.read)
 
