@@ -292,6 +292,15 @@ def test_live_script_modules_give_their_epsilon(tmp_path):
         assert layer.assumed == frozenset()
 
 
+def test_torchscript_gives_momentum_and_none_for_a_cumulative_average(tmp_path):
+    path = str(tmp_path / "model.pt")
+    for given, expected in ((0.3, 0.7), (None, None)):
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(6, momentum=given)).eval()
+        for script in (torch.jit.script(model), torch.jit.trace(model, torch.zeros(2, 6))):
+            script.save(path)
+            assert only(path).momentum == expected
+
+
 def test_frozen_torchscript_holds_no_batchnorm_and_says_why(tmp_path):
     path = str(tmp_path / "frozen.pt")
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), norm_of(RECORD, kind=torch.nn.BatchNorm2d)).eval()

@@ -18,6 +18,9 @@ Read without torch, and without running anything that is in the file:
 .pt2                       torch.export: epsilon, kernels and graph.
 .safetensors               with torch's names.
 
+Written into a copy, all else byte for byte the same: gamma, beta, mean and variance, where they lie as plain runs of
+numbers (not strided views, not in a compressed archive). epsilon and momentum are not written into files.
+
 Names are given without the prefixes module. (DataParallel) and _orig_mod. (torch.compile).
 Options: key (where in the checkpoint), inplace_abn (gamma = abs(weight) + eps; a state dict does not tell).
 Live: any nn.Module or state dict; torch's own, SyncBatchNorm, timm's and FrozenBatchNorm2d (torchvision, detectron2).

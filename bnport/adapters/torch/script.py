@@ -35,6 +35,7 @@ def epsilon_in_code(code: str) -> tuple[float | None, float | None, bool]:
             words = [a.strip() for a in arguments]
             training = words[-4] == "True"
             epsilon = _number(words[-2]) if epsilon is None else epsilon
+            momentum = momentum or _number(words[-3]) or None  # a cumulative average is traced as 0
     return epsilon, momentum, training
 
 
