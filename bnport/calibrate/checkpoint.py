@@ -12,7 +12,7 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.containers.files import replace_file
+from bnport.containers.files import check_output, replace_file
 from bnport.errors import FormatError, InvalidValue, printable
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Checkpoint:
     """The file at `path`, for runs with this fingerprint. `state` is what an earlier run left, or None."""
 
     def __init__(self, path: str, made_for: str) -> None:
+        check_output(path, force=True)  # now, not after the first round
         self.path, self.made_for = path, made_for
         self.state: dict[str, Array] | None = self._load() if os.path.exists(path) else None
 

@@ -64,6 +64,7 @@ class Frontier:
         self.progress, self.after_round = progress, after_round
         self.moments: dict[str, Moments] = {}
         self.unused: list[Norm] = []
+        self._given: list[Norm] = []  # the layers that have their statistics
         self.open = {id(norm): norm for norm in selected}
         for norm in selected:
             if known and norm.name in known:
@@ -79,6 +80,8 @@ class Frontier:
         for looking in self.looking.values():
             for norm in looking.norms:
                 self._places[id(norm)].append(looking)
+        for key in [key for key, places in self._places.items() if not places]:  # a part of the model, not of its graph
+            self.unused.append(self.open.pop(key))
         self.rounds = self.batches = 0
         self.expected_rounds = self._count_rounds()
         self._work = self._hint = 0
@@ -90,6 +93,7 @@ class Frontier:
     def _finish(self, norm: Norm, moments: Moments) -> None:
         norm.write(moments.mean, moments.variance(self.unbiased))
         self.moments[norm.name] = moments
+        self._given.append(norm)
         del self.open[id(norm)]
 
     def _count_rounds(self) -> int:
@@ -130,6 +134,8 @@ class Frontier:
         while self.open:
             have = self._round(have, source)
             source = None
+        for norm in self._given:  # Keras 2 updates a layer that the model itself calls with training=True
+            norm.write(self.moments[norm.name].mean, self.moments[norm.name].variance(self.unbiased))
         return self.moments
 
     def _plan(self, have: set[int]) -> list[tuple[Step, Looking | None]]:

@@ -157,9 +157,10 @@ class LiveModel:
     def running(self) -> Iterator[None]:
         """Eager inference without gradients; everything but BatchNorm statistics is as before when it ends.
 
-        Seed generators advanced by a layer that draws at inference (dropout called with training=True) are put back.
+        Put back are seed generators advanced by a layer that draws at inference (dropout called with training=True), and
+        the states of stateful recurrent layers.
         """
-        random = self._random_state()
+        states = self._states()
         with contextlib.ExitStack() as self._stack:
             if self.backend == "torch":
                 self._stack.enter_context(sys.modules["torch"].no_grad())
@@ -168,7 +169,7 @@ class LiveModel:
             try:
                 yield
             finally:
-                for variable, value in random:
+                for variable, value in states:
                     variable.assign(value)
                 clear = getattr(self.model, "_clear_losses", None)
                 if clear is not None:
@@ -189,12 +190,14 @@ class LiveModel:
         self._stack.callback(config.run_functions_eagerly, False)
         return True
 
-    def _random_state(self) -> list[tuple[Any, Array]]:
+    def _states(self) -> list[tuple[Any, Array]]:
         states: list[Any] = []
         for layer in _below(self.model):
             states += [generator.state for generator in getattr(layer, "_seed_generators", ())]
             generator: Any = getattr(getattr(layer, "_random_generator", None), "_generator", None)  # Keras 2
             states += [generator.state] if hasattr(generator, "state") else []
+            if getattr(layer, "stateful", False):  # what a recurrent layer carries from batch to batch
+                states += [x for x in self.tree.flatten(getattr(layer, "states", None)) if hasattr(x, "assign")]
         return [(state, np.array(state.numpy())) for state in states]
 
     def call(self, inputs: Any) -> Any:

@@ -101,12 +101,15 @@ def calibrate(
     try:
         with live.running():
             run()
-            for norm in selected:  # before anything is reported: what is stored must be readable
-                norm.read()
+        for norm in live.norms:
+            if norm not in selected or norm in run.unused:
+                norm.restore()  # Keras 2 updates a layer that the model itself calls with training=True
     except BaseException:
-        for norm in selected:
+        for norm in live.norms:
             norm.restore()
         raise
+    if not [norm for norm in selected if norm not in run.unused]:
+        raise NotFound(f"{live.what}: none of the {len(selected)} layers is called at inference; nothing was changed")
     left["never called at inference"] = [norm.name for norm in run.unused]
     changed = [norm for norm in selected if norm not in run.unused]
 

@@ -22,10 +22,7 @@ _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 def memory_bytes(memory: str | float | None) -> int:
     """'8GB' (10**9), '512MiB' (2**20), a number of bytes; None is half of the memory that is free now."""
     if memory is None:
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (ValueError, OSError, AttributeError):
-            return 4 * 10**9
+        return _free_memory() // 2
     if not isinstance(memory, str):
         size = float(memory)
     else:
@@ -43,6 +40,23 @@ def memory_bytes(memory: str | float | None) -> int:
     if not 0 <= size < 2**63:
         raise InvalidValue(f"memory: expected a size such as '8GB', got {printable(memory)!r}")
     return int(size)
+
+
+def _free_memory() -> int:
+    """Bytes free on this machine, or in the container that this process runs in, if that is less."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        free = 8 * 10**9
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit, used = (int(_line(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def _line(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.readline()
 
 
 class _Spilled:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bnport.calibrate.run import METHODS, calibrate
-from bnport.errors import FormatError, InvalidValue
+from bnport.errors import FormatError, InvalidValue, NotFound, OutputError
 from tests.calibrate import nets
 from tests.calibrate.nets import L, keras
 
@@ -57,6 +57,23 @@ def test_only_statistics_change_and_undo_restores_them(trained, method):
     assert everything(trained) == (kept, statistics)
     with pytest.raises(InvalidValue, match="undone already"):
         result.undo()
+
+
+def test_a_layer_outside_the_graph_and_states_of_recurrent_layers_stay_as_they_are():
+    i = keras.Input(batch_shape=(10, 4, 3))
+    model = keras.Model(i, L.BatchNormalization(name="bn")(L.LSTM(5, stateful=True, return_sequences=True)(i)))
+    model.spare = L.BatchNormalization(name="spare")
+    model.spare.build((None, 2))
+    model(np.ones((10, 4, 3), "f4"))
+    before = [np.array(state) for state in model.layers[1].states]
+    assert np.abs(before[0]).max() > 0
+    for method in METHODS:
+        result = calibrate(model, nets.data(40, (4, 3)), batch_size=10, method=method)
+        assert result.left == {"never called at inference": ["spare"]}
+        assert [layer.name for layer in result.layers] == ["bn"]
+        assert all(a.tobytes() == np.array(b).tobytes() for a, b in zip(before, model.layers[1].states, strict=True))
+    with pytest.raises(NotFound, match="none of the 1 layers is called"):
+        calibrate(model, nets.data(40, (4, 3)), batch_size=10, layers="spare")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,6 +168,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     np.savez(path, made_for=np.array([{}], dtype=object))
     with pytest.raises(FormatError, match="not a checkpoint"):
         calibrate(model, x, resume=path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    with pytest.raises(OutputError, match="does not exist"):
+        calibrate(nets.branches(), nets.data(), resume=str(tmp_path / "no" / "run.npz"))
 
 
 @pytest.mark.slow
