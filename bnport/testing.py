@@ -84,10 +84,10 @@ def assert_same_outputs(
     something before it, the channel, expected and got, and the likely mistake.
     """
     __tracebackhide__ = True
-    from bnport.trace import TOLERANCE, trace
+    from bnport.trace import trace
 
     result = trace(
-        model_a, model_b, inputs, layout=layout, tolerance=TOLERANCE if tolerance is None else tolerance,
+        model_a, model_b, inputs, layout=layout, tolerance=tolerance,
         map=map, skip=skip, only_under=only_under,
     )  # fmt: skip
     if not result.ok:

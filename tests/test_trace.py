@@ -108,12 +108,52 @@ def test_wrong_padding_is_told_from_a_wrong_batchnorm(net):
 
 def test_a_wrong_kernel_between_two_layers_is_placed_between_them(net, twin):
     kernel = twin.get_layer("down").get_weights()[0]
-    twin.get_layer("down").set_weights([kernel * 1.01])
+    twin.get_layer("down").set_weights([kernel * np.float32(1 + 1e-4)])
     found = trace(net, twin, images())
     assert found.first.b == "bn3"
     (fault,) = found.faults
-    assert fault.startswith("before bn3: its input already differs by 0.01")
+    assert fault.startswith("before bn3: its input already differs by 0.0001")
     assert "between bn1, bn2 and it" in fault
+
+
+def test_a_network_that_magnifies_rounding_is_not_blamed_for_it(net, twin):
+    """The same numbers, but every layer magnifies what the one before rounded: no fixed threshold is right for both."""
+
+    class Loud(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = torch.nn.ModuleList(torch.nn.BatchNorm1d(16) for _ in range(8))
+
+        def forward(self, x):
+            for norm in self.norms:
+                x = torch.sin(norm(x) * 12)
+            return x
+
+    torch.manual_seed(0)
+    one = Loud().eval()
+    inputs = x = keras.Input((16,))
+    for i in range(8):
+        x = keras.ops.sin(keras.layers.BatchNormalization(epsilon=1e-5, name=f"bn{i}")(x) * 12)
+    model = keras.Model(inputs, x)
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    pairs = {f"bn{i}": f"norms.{i}" for i in range(8)}
+    found = trace(one, model, x, map=pairs)
+    assert found.ok, str(found)
+    assert found.output_difference > 1e-3, "rounding alone does that here"
+    with torch.no_grad():
+        one.norms[1].bias += 1e-4
+    model.get_layer("bn1").set_weights(batchnorm_weights(one.norms[1]))
+    assert trace(one, model, x, map=pairs).ok
+    model.get_layer("bn1").set_weights(batchnorm_weights(one.norms[0]))
+    found = trace(one, model, x, map=pairs)
+    assert [s.b for s in found.steps if s.layer_differs] == ["bn1"]
+
+
+def test_a_tolerance_that_is_given_is_used(net, twin):
+    kernel = twin.get_layer("down").get_weights()[0]
+    twin.get_layer("down").set_weights([kernel * np.float32(1.01)])
+    assert not trace(net, twin, images(), tolerance=5e-3).ok
+    assert trace(net, twin, images(), tolerance=5e-2).ok
 
 
 def test_a_wrong_padding_and_a_wrong_layer_after_it_are_both_reported(net):
@@ -135,7 +175,7 @@ def test_a_wrong_head_is_placed_after_the_last_batchnorm(net, twin):
 def test_an_epsilon_too_small_for_any_threshold_is_found_by_the_bound(net, twin):
     twin.get_layer("bn1").epsilon = 1.1e-5
     found = trace(net, twin, images())
-    assert found.output_difference < found.tolerance, "no threshold on outputs would see it"
+    assert found.output_difference < 1e-4, "no threshold that people use would see it"
     assert [s.b for s in found.steps if s.layer_differs] == ["bn1"]
     assert "epsilon is 1.1e-05" in str(found)
 
@@ -272,7 +312,7 @@ def test_a_16_bit_network_is_held_to_its_own_bound(net):
         keras.config.set_dtype_policy(policy)
     found = trace(net, model, images())
     assert not [s for s in found.steps if s.layer_differs], str(found)
-    assert found.tolerance == 0.05
+    assert 8 * 2**-7 <= found.tolerance < 0.5
     weights = batchnorm_weights(net.bn2)
     model.get_layer("bn2").set_weights([*weights[:3], weights[3] * 1.1])
     assert [s.b for s in trace(net, model, images()).steps if s.layer_differs] == ["bn2"]

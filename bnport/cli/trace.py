@@ -37,7 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--layout", metavar="LAYOUT", help="where its channels are, if its shape does not say: NCHW, NHWC"
     )
     parser.add_argument(
-        "--tolerance", type=float, metavar="T", help="relative difference between networks that counts (default 1e-4)"
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="relative difference that counts (default: measured, 32 times what rounding the input once does to A)",
     )
     common.add_json(parser)
     common.add_pairing_options(parser)

@@ -3,8 +3,9 @@
 Both networks run in their own frameworks. At every call of every paired BatchNorm layer two questions are asked:
 
 - does this layer differ: is what came out of B's layer, for what went into it, within the derived bound of A's formula?
-- did its input already differ: root-mean-square of the difference over that of A's input, against `tolerance`. Between
-  BatchNorm layers lie convolutions, whose rounding has no bound that is derived here, so this one is a threshold.
+- did its input already differ: root-mean-square of the difference over that of A's input. Between BatchNorm layers lie
+  convolutions, whose rounding has no bound that is derived here; how much it matters is measured instead: A runs once
+  more on an input that is rounded once more, and 32 times what that changes, at this layer, counts as a difference.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from bnport import adapters
 from bnport._lazy import np
 from bnport.convert import pair
 from bnport.errors import InvalidValue, printable
-from bnport.trace.comparison import TOLERANCE, Comparison
+from bnport.trace.comparison import Comparison
 from bnport.trace.layout import channels_first, oriented
 from bnport.trace.result import Own, Step, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from bnport.record import Array
     from bnport.trace.layout import Form
 
-__all__ = ["TOLERANCE", "Own", "Step", "Trace", "trace"]
+__all__ = ["Own", "Step", "Trace", "trace"]
 
 
 def trace(
@@ -44,8 +46,9 @@ def trace(
 
     a is the original, b the port: live torch or Keras models, ONNX models or .onnx paths. x: an array (N, ...); layout,
     such as "NCHW" or "NHWC", says where its channels are if its shape does not, and each network gets it as it needs it.
-    tolerance: the relative difference of a layer's inputs, or of the outputs, that counts (default 1e-4, 0.05 where 16-bit
-    floats are involved). map, skip, only_under: as for `bnport.convert`. The models are left as they were.
+    tolerance: the relative difference of a layer's inputs, or of the outputs, that counts; without it, 32 times (8 times
+    where 16-bit floats are involved) what one rounding of the input does to A there. map, skip, only_under: as for
+    `bnport.convert`. The models are left as they were.
 
     Raises InvalidValue for an input or a model that cannot be run, Question where the layout decides and is not given.
     """
@@ -70,4 +73,13 @@ def trace(
     for (model, adapter), own, outputs in zip(sides, xs, (outputs_a, outputs_b), strict=True):
         if hasattr(adapter, "compiled_outputs"):
             comparison.compiled(model is b, outputs, adapter.compiled_outputs(model, own))
-    return comparison.result(outputs_a, outputs_b)
+    shaken = []
+    if tolerance is None:
+        shaken = adapter_a.tap(a, _shaken(xs[0], comparison.ulp), comparison.of_shaken_a)  # type: ignore[attr-defined]
+    return comparison.result(outputs_a, outputs_b, shaken)
+
+
+def _shaken(x: Array, ulp: float) -> Array:
+    """x with every value moved by one unit in the last place of the networks' type, up or down."""
+    signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), x.shape)
+    return (x * (1 + ulp * signs)).astype(x.dtype)

@@ -96,7 +96,7 @@ def _as_text(t: Trace) -> str:
     count = f"{len(t.steps)} BatchNorm calls compared"
     outputs = f"outputs differ by {t.output_difference:.2g}" if t.output_difference else "outputs are equal"
     lines = [
-        f"{printable(t.a)} and {printable(t.b)}: {count}, {outputs} (relative; {t.tolerance:g} counts as different)"
+        f"{printable(t.a)} and {printable(t.b)}: {count}, {outputs} (relative; {t.tolerance:.2g} counts as different)"
     ]
     if t.ok:
         worst = max((step.own.ratio for step in t.steps), default=0.0)
