@@ -186,3 +186,15 @@ def test_two_processes_one_of_them_killed_between_two_rounds_give_the_bits_of_on
     assert os.path.exists(tmp_path / "died")
     assert found["killed"] == found["alone"]
     assert any("worker had died" in note for note in found["killed notes"])
+
+
+def test_the_command_writes_the_same_file_with_an_engine_as_without(rows, tmp_path, capsys):
+    from bnport.cli import main
+
+    nets.branches().save(tmp_path / "model.keras")
+    for name, more in (("one.keras", []), ("many.keras", ["--engine", "serial"])):
+        arguments = [str(tmp_path / "model.keras"), "--data", rows, "-o", str(tmp_path / name), *more]
+        assert main(["calibrate", *arguments]) == 0
+    assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "many.keras").read_bytes()
+    assert main(["calibrate", str(tmp_path / "model.keras"), "--data", rows, "-o", "x.keras", "--engine", "spark"]) == 2
+    assert "engine: expected one of local, serial, dask, ray" in capsys.readouterr().err
