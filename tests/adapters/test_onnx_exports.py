@@ -300,3 +300,18 @@ def test_the_advised_call_keeps_batchnorm_in_the_installed_pytorch(tmp_path):
         assert ("folded" in " ".join(layers.notes)) is (kept != 4)
         for layer in layers.values():
             assert layer.record.mean.tobytes() == EXPECTED[f"torch|{layer.name}|mean"].tobytes()
+
+
+@pytest.mark.slow
+def test_what_the_installed_keras_exports_is_read_as_the_fixture_is(tmp_path):
+    from fixtures.onnx.make import keras_model
+
+    model = keras_model()
+    model(np.zeros((1, 8, 8, 3), np.float32))
+    path = str(tmp_path / "model.onnx")
+    model.export(path, format="onnx", verbose=False)
+    got, expected = adapter.read(path), adapter.read(str(FIXTURES / "keras.onnx"))
+    assert len(got) == len(expected) == 4
+    assert "folded into 1 layer" in got.notes[0]
+    for layer, known in zip(got.values(), expected.values(), strict=True):
+        assert_within_bound(layer.record(known.record.probes()), known.record, known.record.probes())
