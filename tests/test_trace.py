@@ -282,6 +282,33 @@ def test_keras_on_its_other_backends_is_traced_and_run(backend):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_mobilenet_v2_of_torchvision_and_of_keras_part_exactly_where_their_padding_does():
+    """With 65 pixels both pad alike and all 52 layers agree; with 64, Keras pads the first convolution on one side only."""
+    from tests import architectures
+
+    size = architectures.ARCHITECTURES["MobileNetV2"].size
+    source, wide = architectures.build("MobileNetV2")
+    pairs = dict(zip(bnport.read(wide), bnport.read(source), strict=True))
+    architectures.port(source, wide, pairs, (architectures.fed_torch(source, size), architectures.fed_keras(wide)))
+    source = source.float()
+    for pixels, agree in ((size, True), (64, False)):
+        model = architectures.ARCHITECTURES["MobileNetV2"].keras(pixels)
+        model.set_weights(wide.get_weights())
+        for target, bn in pairs.items():
+            model.get_layer(target).epsilon = dict(source.named_modules())[bn].eps
+        x = np.random.default_rng(0).normal(size=(1, 3, pixels, pixels)).astype(np.float32)
+        found = trace(source, model, x, map=pairs)
+        assert len(found.steps) == 52
+        assert not [step for step in found.steps if step.layer_differs]
+        assert found.ok is agree, str(found)
+        if agree:
+            ratios = [32 * step.input_difference / step.tolerance for step in found.steps]
+            assert max(ratios) < 8, "rounding moves what it was measured to move, with room to spare"
+        else:
+            assert found.faults[0].startswith("before Conv1_bn") or found.faults[0].startswith("before bn_Conv1")
+
+
 def test_nested_and_subclassed_keras_models_are_traced(net):
     inner = keras.Sequential([keras.layers.BatchNormalization(epsilon=1e-5, name="n")], name="inner")
 
