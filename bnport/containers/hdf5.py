@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import struct
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
@@ -92,7 +91,7 @@ class H5:
     def at(self, address: int, length: int) -> bytes:
         """`length` bytes at an address of the file (addresses count from behind a user block)."""
         if length > ATTRIBUTE_LIMIT:
-            raise LookupError
+            raise LookupError(length)
         return self.file.pread(self.start + self._id.get_create_plist().get_userblock() + address, length)
 
     def refuse(self, path: str, why: str) -> NoReturn:
@@ -235,61 +234,28 @@ class Group:
             if not isinstance(kind, h5py.h5t.TypeStringID):
                 self._h5.refuse(where, "is not text")
             variable = kind.is_variable_str()
-            # the texts of a variable-length attribute lie elsewhere and may all be one and the same long one
-            total = self._texts_length(raw, count) if variable else count * kind.get_size()
-            if max(total, 16 * count) > ATTRIBUTE_LIMIT:
-                self._h5.refuse(where, f"{count} texts of together up to {total} bytes are more than is read")
-            values = np.empty(attribute.shape, dtype=object if variable else attribute.dtype)
+            total = count * (16 if variable else kind.get_size())
+            if total > min(ATTRIBUTE_LIMIT, self._h5.size):
+                self._h5.refuse(where, f"{count} texts of {total} bytes are more than the file has or is read")
             if variable:
-                memory = h5py.h5t.py_create(h5py.string_dtype())
-                attribute.read(values, mtype=memory)
+                from bnport.containers.hdf5_text import texts
+
+                found = texts(self._h5, self.address(), raw, count, ATTRIBUTE_LIMIT)
             else:
+                values = np.empty(attribute.shape, attribute.dtype)
                 attribute.read(values)
+                found = values.reshape(-1).tolist()
+        except FormatError as error:
+            text = str(error)
+            if text.startswith(printable(self._h5.file.path)):
+                raise
+            self._h5.refuse(where, text)
         except BnportError:
             raise
         except DAMAGE as error:
             self._h5.refuse(where, f"cannot be read ({reason(error)})")
-        texts = [
-            v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v)
-            for v in values.reshape(-1).tolist()
-        ]
-        return texts if attribute.shape else texts[0]
-
-    def _texts_length(self, name: bytes, count: int) -> int:
-        """The lengths of an attribute's variable-length texts together, or an upper bound of it.
-
-        The texts lie elsewhere in the file and may all be one and the same long one, so the lengths are looked up where
-        they stand, in the object's header (version 1, which is what h5py writes unless told otherwise).
-        """
-        if count == 1:
-            return 0  # no longer than the file, and read once
-        try:
-            return _listed_lengths(self._h5, self.address(), name, count)
-        except (FormatError, LookupError, struct.error):
-            return count * self._h5.size
-
-
-def _listed_lengths(h5: H5, address: int, name: bytes, count: int) -> int:
-    """The sum of the lengths in an attribute message: (length, heap address, index) for each text."""
-    version, messages, _, size = struct.unpack("<BxHII", h5.at(address, 12))
-    if version != 1:
-        raise LookupError
-    blocks, seen = [(address + 16, size)], 0
-    while blocks:
-        start, size = blocks.pop()
-        block, at = h5.at(start, size), 0
-        while at + 8 <= size and seen < messages:
-            kind, length = struct.unpack_from("<HH", block, at)
-            body, at, seen = block[at + 8 : at + 8 + length], at + 8 + length, seen + 1
-            if kind == 0x10:  # the header goes on elsewhere
-                blocks.append(struct.unpack("<QQ", body[:16]))
-            elif kind == 0x0C and body[:1] in (b"\1", b"\3"):
-                sizes = struct.unpack_from("<HHH", body, 2)
-                first = 8 if body[0] == 1 else 9
-                if body[first : first + sizes[0]].rstrip(b"\0") == name:
-                    first += sum(n + -n % 8 for n in sizes) if body[0] == 1 else sum(sizes)
-                    return sum(struct.unpack_from("<I", body, first + 16 * i)[0] for i in range(count))
-    raise LookupError
+        decoded = [text.decode("utf-8", "surrogateescape") for text in found]
+        return decoded if attribute.shape else decoded[0]
 
 
 def natural(name: str) -> list[Any]:
