@@ -7,6 +7,7 @@ pickle.py       a pickle read into plain data and inert stand-ins; nothing in it
 safetensors.py  header and positions
 hdf5.py         HDF5 opened so that no other file can be reached through it
 hdf5_data.py    the numbers of one dataset of it, chunks and filters undone with a limit
+hdf5_text.py    texts of its attributes, read without the library
 patch.py        a copy of a file with some bytes replaced, and the zip checksums brought up to date
 protobuf.py     wire format, walked lazily
 """
