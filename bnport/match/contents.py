@@ -16,8 +16,8 @@ PROBES = 2  # shapes whose kernels are compared to find out whether the target's
 def pairs(state: Alignment) -> dict[int, int]:
     """source -> target for every kernel that is found exactly once on each side; empty if none was ported.
 
-    Only the kernels of the least shapes are read first; the others only if one of those is equal. Kernels of a single value (an
-    initialiser of zeros or ones) tell nothing.
+    Only the kernels of the least shapes are read first; the others only if one of those is equal. Kernels of a single
+    value (an initialiser of zeros or ones) tell nothing.
     """
     sides = state.source.layers, state.target.layers
     by_shape: dict[object, tuple[list[int], list[int]]] = {}
@@ -66,7 +66,10 @@ def digest(channels: int, kernel: Kernel) -> bytes | None:
 
     if kernel.values is None:
         return None
-    values = np.ascontiguousarray(kernel.values(), dtype=np.float32)
+    try:
+        values = np.ascontiguousarray(kernel.values(), dtype=np.float32)
+    except (ValueError, OSError):  # FormatError too: a damaged kernel is no evidence, and not what is being ported
+        return None
     if values.size < 2 or (values == values.flat[0]).all():
         return None
     return hashlib.blake2b(values.tobytes(), digest_size=16, person=channels.to_bytes(8, "little")).digest()

@@ -254,12 +254,12 @@ def cut(
     borders = [0, *sorted(cuts), len(group.sources)]
     starts = {p: i for i, p in enumerate(borders)}
     parts: list[tuple[list[int], list[int]]] = [([], []) for _ in borders[:-1]]
-    for at, (members, (low, _)) in enumerate(((group.sources, source), (group.targets, target))):
+    for at, (members, (_, high)) in enumerate(((group.sources, source), (group.targets, target))):
         rank_part, current = [], 0
         for p in range(len(members)):
             current = starts.get(p, current)
             rank_part.append(current)
-        for member, rank in zip(members, low, strict=True):
+        for member, rank in zip(members, high, strict=True):
             parts[rank_part[rank]][at].append(member)
     return [Group(s, t, group.label, how) for s, t in parts]
 

@@ -14,7 +14,7 @@ from bnport.adapters import read
 from bnport.match import match
 from tests import architectures as zoo
 
-FAST = ("ResNet50", "MobileNetV2", "MobileNetV3Small of timm", "InceptionV3", "Xception", "DenseNet121")
+FAST = ("ResNet50", "MobileNetV2", "MobileNetV3Small of timm", "InceptionV3", "DenseNet121")
 SLOW = [name for name in zoo.ARCHITECTURES if name not in FAST]
 SWAPS = 3
 
