@@ -183,8 +183,8 @@ def moments(rows: ArrayLike, axis: int = -1) -> Moments:
     """Moments of every channel of an array: all axes but `axis` are summed over.
 
     rows: any float, integer or boolean dtype (bfloat16 too), any strides; a memory map is read once, in order, in
-    pieces. One thread; about half a megabyte of buffers, kept for the next call. The result depends on the values and
-    their order only, never on threads, BLAS or processor.
+    pieces. Floats are summed by all cores (OMP_NUM_THREADS limits them), with half a megabyte of buffers for each, kept
+    for the next call. The result depends on the values and their order only, never on threads, BLAS or processor.
 
     Raises InvalidValue on NaN or infinity (naming channel and position), on other dtypes, on an axis that is not there
     and on zero channels. No rows at all are no error: n is then 0.
@@ -256,13 +256,13 @@ def _float_moments(array: Array, axis: int) -> Moments:
 
     shift = _sampled_mean(last)
     with np.errstate(over="ignore", invalid="ignore"):
-        total, squares = summed(view, shift)
+        total, squares = sums.in_parts(summed, view, shift)
         if not np.isfinite(squares).all():
             raise InvalidValue(_not_finite(array, axis))
         around = total * (total / n)  # the part of `squares` that is due to the distance of the shift from the mean
         if (around > _FAR * np.maximum(squares - around, 0)).any():
             shift = (shift + total / n).astype(np.float64)
-            total, squares = summed(view, shift)
+            total, squares = sums.in_parts(summed, view, shift)
             around = total * (total / n)
     mean, low = _two_sum(shift, total / n)
     return Moments(n, mean, np.maximum(squares - around, 0), low)

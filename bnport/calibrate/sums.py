@@ -13,13 +13,15 @@ Why one buffer per thread, kept: temporaries above 128 kB run four times slower 
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING
 
 from bnport._lazy import np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import ThreadPoolExecutor
     from typing import Any
 
     from bnport.record import Array
@@ -28,6 +30,7 @@ WIDTH = 768  # columns of a tiled float64 row: 6 kB, so that the running sums st
 PIECE = 65536  # float64 elements of a piece: 512 kB, within a second-level cache
 INTEGER_WIDTH = 1536
 FLUSH = 128  # pieces added up before they join the grand total: the rounding error grows with FLUSH + pieces / FLUSH
+SPLIT = 1 << 21  # elements of a part that one thread takes; fixed, so that the number of threads changes no bit
 PLANE = 32  # at least so many contiguous elements per channel make summing along planes worth it
 
 _kept = threading.local()
@@ -115,6 +118,51 @@ def shifted_plane_sums(array: Array, shift: Array) -> tuple[Array, Array]:
             near[:] = 0
     far += near
     return far[0], far[1]
+
+
+def in_parts(
+    function: Callable[[Array, Array], tuple[Array, Array]], array: Array, shift: Array
+) -> tuple[Array, Array]:
+    """function(array, shift) by parts of about SPLIT elements along the first axis, in threads, added up in order."""
+    if array.flags.c_contiguous and function is shifted_sums:
+        array = array.reshape(-1, array.shape[-1])
+    array = array[None] if array.ndim == 1 else array
+    step = max(1, SPLIT // max(1, array[0].size))
+
+    def part(start: int) -> tuple[Array, Array]:
+        with np.errstate(over="ignore", invalid="ignore"):  # a thread has its own; the result is checked
+            return function(array[start : start + step], shift)
+
+    starts = range(0, len(array), step)
+    count = min(threads(), len(starts))
+    found = map(part, starts) if count < 2 else _pool(threads()).map(part, starts)
+    total, squares = np.zeros((2, shift.size))
+    for t, q in found:
+        total, squares = total + t, squares + q
+    return total, squares
+
+
+def threads() -> int:
+    """The processors that this process may use, or OMP_NUM_THREADS where that is set (Dask and Ray set it to 1)."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and int(said):
+        return int(said)
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def _pool(count: int) -> ThreadPoolExecutor:
+    key = (os.getpid(), count)  # a forked child has none of its parent's threads
+    if key not in _pools:
+        from concurrent.futures import ThreadPoolExecutor
+
+        _pools[key] = ThreadPoolExecutor(count, thread_name_prefix="bnport-moments")
+    return _pools[key]
 
 
 def integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_moments.py [--megabytes 268] [--rounds 7] [--channels 3,64,256] [--no-errors]
 
-One interleaved run: every method in turn, round after round; medians. GB/s of input. torch, tf and numpy use the threads
-they use by default; moments() uses one. Nothing is asserted.
+One interleaved run: every method in turn, round after round; medians. GB/s of input. Everybody uses the threads that they
+use by default (OMP_NUM_THREADS limits all but numpy). Nothing is asserted.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -305,16 +306,31 @@ def test_the_array_that_was_given_is_left_as_it_was():
 CODE = """
 import numpy as np
 from bnport.calibrate.moments import moments
-x = np.random.default_rng(0).standard_normal((300_000, 5), dtype=np.float32) * 3 + 1e3
+x = np.random.default_rng(0).standard_normal((1_300_000, 5), dtype=np.float32) * 3 + 1e3
 print(moments(x).to_bytes().hex())
+print(moments(x.reshape(130, 5, 100, 100), axis=1).to_bytes().hex())
 """
 
 
-def test_the_number_of_blas_threads_does_not_change_a_bit():
+def test_the_number_of_threads_does_not_change_a_bit():
     def run(threads):
         import os
 
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
         return subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
 
-    assert run("1").stdout == run("2").stdout != ""
+    assert run("1").stdout == run("2").stdout == run("3").stdout != ""
+
+
+def test_a_nan_in_any_part_of_a_large_array_is_found_without_a_warning():
+    x = np.ones((3_000_000, 2), np.float32)
+    x[2_900_000, 1] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InvalidValue, match=r"nan in channel 1, at position \(2900000\)"):
+            moments(x)
+
+
+def test_one_row_of_very_many_channels_is_not_cut_between_channels():
+    x = np.arange(10_000_000, dtype=np.float32)[::2]
+    assert moments(x).mean.tolist() == x.tolist()
