@@ -340,6 +340,39 @@ def test_reading_and_running_leave_modes_hooks_and_gradients_alone():
     assert model[1].weight.requires_grad
 
 
+class Remembering(torch.nn.Module):
+    """A forward that leaves traces of itself, as many do."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.norm, self.fails = norm_of(RECORD), fails
+        self.register_buffer("steps", torch.tensor(0))
+        self.history, self.by_name, self.last, self.calls = [], {}, None, 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.steps.add_(1)
+        self.last = self.norm(x) + torch.rand(())
+        self.history.append(self.last)
+        self.by_name["x"] = x
+        if self.fails and x.sum() > 0:
+            return x
+        return self.last
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_whose_forward_leaves_traces_is_read_without_any(fails):
+    model = Remembering(fails)
+    state, attributes = torch.random.get_rng_state(), set(vars(model))
+    layers = adapters.read(model)
+    assert (layers["norm"].inputs == ()) is not fails  # a path that depends on the data cannot be traced
+    assert (model.history, model.by_name, model.last, model.calls, model.steps.item()) == ([], {}, None, 0, 0)
+    assert set(vars(model)) == attributes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    model(torch.zeros(2, 6))
+    assert model.steps == 1
+
+
 def test_a_write_that_fails_half_way_is_undone():
     records = [telling_record(6, seed=s, epsilon=1e-3) for s in (1, 2)]
     model = torch.nn.Sequential(*(norm_of(r) for r in records))

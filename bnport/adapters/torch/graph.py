@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 # What passes every channel on by itself, so that the kernel before it still decides what the channels are
 _CHANNELWISE_MODULES = ("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SiLU", "GELU", "Hardswish", "Sigmoid", "Tanh",
@@ -33,6 +34,8 @@ def traced(model: Any, norms: Iterable[str]) -> dict[str, tuple[str, tuple[str, 
     plain = _without(modules, wanted, kernels)
 
     class Tracer(torch.fx.Tracer):  # type: ignore[misc]
+        proxy_buffer_attributes = True  # a counter that forward() raises is raised in the trace, not in the model
+
         def is_leaf_module(self, m: Any, module_qualified_name: str) -> bool:
             return (
                 module_qualified_name in wanted
@@ -43,18 +46,37 @@ def traced(model: Any, norms: Iterable[str]) -> dict[str, tuple[str, tuple[str, 
 
     if isinstance(model, torch.jit.ScriptModule) or wanted == {""}:
         return None
-    modes = {m: m.training for m in modules.values()}
     logging_level = logging.root.manager.disable
-    try:
-        logging.disable(logging.CRITICAL)
-        graph = Tracer().trace(model)
-    except Exception:  # whatever the user's forward does with a stand-in for a tensor
-        return None
-    finally:
-        logging.disable(logging_level)
-        for module, training in modes.items():
-            module.training = training
+    with _as_they_were(modules.values()), torch.random.fork_rng(devices=[]):
+        try:
+            logging.disable(logging.CRITICAL)
+            graph = Tracer().trace(model)
+        except Exception:  # whatever the user's forward does with a stand-in for a tensor
+            return None
+        finally:
+            logging.disable(logging_level)
     return _walked(graph, modules, wanted, kernels)
+
+
+@contextlib.contextmanager
+def _as_they_were(modules: Iterable[Any]) -> Iterator[None]:
+    """Afterwards every module has the attributes that it had, and its lists, dicts and sets the same content."""
+    before = [(module, dict(module.__dict__)) for module in modules]
+    contents = [
+        (value, value.copy())
+        for _, attributes in before
+        for value in attributes.values()
+        if isinstance(value, list | dict | set)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for value, copy in contents:
+            value.clear()
+            value.extend(copy) if isinstance(value, list) else value.update(copy)
 
 
 def _without(modules: Mapping[str, Any], wanted: set[str], kernels: tuple[type, ...]) -> set[str]:
