@@ -134,7 +134,7 @@ class Frontier:
         while self.open:
             have = self._round(have, source)
             source = None
-        for norm in self._given:  # Keras 2 updates a layer that the model itself calls with training=True
+        for norm in self._given if self.live.version == 2 else ():  # it updates what a model calls with training=True
             norm.write(self.moments[norm.name].mean, self.moments[norm.name].variance(self.unbiased))
         return self.moments
 

@@ -57,6 +57,12 @@ class Looking:
     def measure(self, inputs: list[Any], targets: Sequence[int]) -> None:
         """Run the step on one batch as far as the last of the `targets`, adding the moments of their inputs."""
         assert self.uses is not None  # for the type checker: trace came first
+        if self.step.whole and len(inputs) == 1 and self.live.as_it_is(self.norms[0], inputs[0]):
+            try:  # most layers: nothing happens to the input before the layer's call sees it
+                self.uses[0].tree.add(self.live.moments(self.norms[0], inputs[0]))
+            except Stop as stop:
+                raise stop.error or self._changed() from None
+            return
         uses, wanted, last, calls = self.uses, set(targets), max(targets), -1
 
         def hook(norm: Norm, original: Callable[..., Any], x: Any, mask: Any, args: Any, kwargs: Any) -> Any:
