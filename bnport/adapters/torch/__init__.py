@@ -221,9 +221,21 @@ def run(
     A file or state dict: torch.nn.functional.batch_norm, which is what such a layer calls, with the stored numbers;
     `epsilon` is for one that holds none.
     """
+    return run_all(source, {layer: x}, key=key, inplace_abn=inplace_abn, epsilon=epsilon)[layer]
+
+
+def run_all(
+    source: Any,
+    inputs: Mapping[str, Any],
+    *,
+    key: str | None = None,
+    inplace_abn: bool | None = None,
+    epsilon: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`run` for many layers (name -> x) of a source that is read once."""
     from bnport.adapters.torch.live import run_live
 
-    return run_live(source, layer, x, key, inplace_abn, epsilon)
+    return run_live(source, inputs, key, inplace_abn, epsilon)
 
 
 def tap(model: Any, x: Any, each: Callable[[str, Any, Any, str], None]) -> list[Any]:

@@ -299,22 +299,27 @@ def _targets(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 def run_live(
     source: Any,
-    layer: str,
-    x: Any,
+    inputs: Mapping[str, Any],
     key: str | None = None,
     inplace_abn: bool | None = None,
     epsilon: float | None = None,
-) -> dict[str, Array]:
-    """x of shape (N, C) through one layer by torch; see run in the package's module."""
+) -> dict[str, dict[str, Array]]:
+    """name -> outputs, for x of shape (N, C) of each named layer, by torch; see run in the package's module."""
     try:
         import torch
     except ImportError:
         raise MissingDependency("running a PyTorch layer needs torch: pip install 'bnport[torch]'") from None
     if isinstance(source, torch.nn.Module):
-        return _run_module(source, layer, x)
+        return {name: _run_module(source, name, x) for name, x in inputs.items()}
     from bnport.adapters.torch import read
 
     layers = read(source, key=key, inplace_abn=inplace_abn)
+    return {name: _run_record(layers, name, x, epsilon) for name, x in inputs.items()}
+
+
+def _run_record(layers: Layers, layer: str, x: Any, epsilon: float | None) -> dict[str, Array]:
+    import torch
+
     if layer not in layers:
         raise NotFound(f"{layers.source}: no BatchNorm layer {printable(layer)!r}; there are {listed(layers, 5)}")
     record = layers[layer].record
