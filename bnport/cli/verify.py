@@ -45,4 +45,9 @@ def run(args: argparse.Namespace) -> int:
         progress=common.progress_bar(args.json),
         **common.pairing_options(args),
     )
-    return common.finish(report, args)
+    code = common.finish(report, args)
+    if code and not args.json:
+        import shlex
+
+        print(f"bnport explain {shlex.quote(args.source)} {shlex.quote(args.target)} looks for the mistake behind it")
+    return code

@@ -93,6 +93,17 @@ def test_a_healthy_port_gets_one_line(good, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_a_failing_verify_says_where_the_reason_is_to_be_had(good, tmp_path, capsys):
+    model = keras.saving.load_model(good)
+    model.get_layer("bn1").epsilon = 1e-2
+    model.save(tmp_path / "wrong.keras")
+    source = str(DIGITS / "digits.pth")
+    assert main(["verify", source, str(tmp_path / "wrong.keras")]) == 1
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removesuffix(" looks for the mistake behind it"))
+    assert main(command[1:]) == 1
+    assert "epsilon is 0.01" in capsys.readouterr().out
+
+
 def test_options_are_repeated_in_the_command(good, tmp_path, capsys):
     model = keras.saving.load_model(good)
     for name in NAMES:
