@@ -273,7 +273,7 @@ def _assumed(layers: Layers, names: Iterable[str], flag: str) -> list[str]:
 
 
 def _left(match: Match) -> dict[str, tuple[str, ...]]:
-    return {"left in the target": tuple(match.missing), "left in the source": tuple(match.unexpected)}
+    return {"left in the target": match.left_targets, "left in the source": match.left_sources}
 
 
 def _with_evidence(layers: Mapping[str, LayerReport], match: Match) -> list[LayerReport]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import re
 
@@ -15,7 +16,10 @@ from bnport.match import match
 from tests import architectures as zoo
 
 FAST = ("ResNet50", "MobileNetV2", "MobileNetV3Small of timm", "InceptionV3", "DenseNet121")
-SLOW = [name for name in zoo.ARCHITECTURES if name not in FAST]
+BIG = [name for name in zoo.ARCHITECTURES if name not in FAST]
+big = pytest.mark.skipif(
+    "BNPORT_ALL_ARCHITECTURES" not in os.environ, reason="minutes each; BNPORT_ALL_ARCHITECTURES=1 runs them"
+)
 SWAPS = 3
 
 
@@ -30,7 +34,7 @@ def swaps(source, pairs):
     return candidates[:SWAPS]
 
 
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=big) for n in BIG)])
 def test_along_the_pairs_both_frameworks_compute_the_same_and_no_swap_does(name):
     source, target = zoo.build(name)
     live, kept, there = read(source), read(source.state_dict()), read(target)
@@ -51,7 +55,7 @@ def test_along_the_pairs_both_frameworks_compute_the_same_and_no_swap_does(name)
         zoo.port(source, target, {t1: s1, t2: s2}, fed, whole=False)
 
 
-@pytest.mark.slow
+@big
 def test_nasnet_pairs_are_those_that_both_codes_name_after_the_same_place_in_the_cell():
     model = zoo.ARCHITECTURES["NASNetLarge"]
     found = match(read(model.torch()), read(model.keras(model.size)))
@@ -68,8 +72,8 @@ def test_nasnet_pairs_are_those_that_both_codes_name_after_the_same_place_in_the
     assert places == 220
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", pytest.param("ResNet50", marks=pytest.mark.slow),
-                                  pytest.param("InceptionV3", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("name", ["MobileNetV2", pytest.param("ResNet50", marks=big),
+                                  pytest.param("InceptionV3", marks=big)])  # fmt: skip
 def test_an_onnx_export_pairs_as_the_live_module_does(name, tmp_path):
     model = zoo.ARCHITECTURES[name]
     source, target = model.torch().eval(), model.keras(model.size)
