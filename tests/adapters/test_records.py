@@ -235,3 +235,28 @@ def test_a_file_saved_again_by_the_safetensors_library_still_reads(tmp_path):
     path = saved(tmp_path, original)
     rewritten(path)
     assert records.read(path)["bn"].record == original.record
+
+
+DIGITS = Path(__file__).parent.parent.parent / "fixtures" / "digits"
+
+
+@pytest.mark.parametrize("name", ["digits.pth", "digits-module.pt", "digits.safetensors"])
+def test_a_port_by_way_of_records_is_the_direct_port_byte_for_byte(name, tmp_path):
+    """Recorded where PyTorch files are, written where Keras is: pairing evidence survives, too."""
+    import bnport
+
+    bnport.save_records(DIGITS / name, tmp_path / "records.safetensors")
+    bnport.convert(DIGITS / name, DIGITS / "twin.keras", tmp_path / "direct.keras")
+    report = bnport.convert(tmp_path / "records.safetensors", DIGITS / "twin.keras", tmp_path / "by-records.keras")
+    assert report.ok
+    assert (tmp_path / "direct.keras").read_bytes() == (tmp_path / "by-records.keras").read_bytes()
+
+
+def test_an_assumed_epsilon_stays_assumed_until_somebody_says_it(tmp_path):
+    import bnport
+
+    bnport.save_records(DIGITS / "digits.pth", tmp_path / "a.safetensors")
+    assert all("epsilon" in layer.assumed for layer in records.read(str(tmp_path / "a.safetensors")).values())
+    bnport.save_records(DIGITS / "digits.pth", tmp_path / "b.safetensors", epsilon=1e-3)
+    told = records.read(str(tmp_path / "b.safetensors"))
+    assert {(layer.epsilon, layer.assumed) for layer in told.values()} == {(1e-3, frozenset())}
