@@ -85,7 +85,8 @@ def text(match: Match, sources: Mapping[str, Layer], targets: Mapping[str, Layer
     entries = compress(match.pairs, considered)
     reasons: dict[str, list[str]] = {}
     for target, by in _entries_of(entries, match.pairs).items():
-        reasons.setdefault(by, []).append(", ".join(match.evidence.get(target, ())))
+        words = match.evidence.get(target, ())
+        reasons.setdefault(by, []).append(", ".join(words[:1] if by != target else words))
     lines = [
         _HEAD.format(
             source=_comment(match.source),

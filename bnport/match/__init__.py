@@ -50,6 +50,7 @@ def match(
     """
     kept_s, kept_t, left_s, left_t = _leave_out(list(sources), list(targets), skip, only_under)
     from bnport.match import engine, names, patterns
+    from bnport.match.facts import facts
 
     forced: dict[str, tuple[str, str]] = {}
     mismatched: list[Mismatch] = []
@@ -68,7 +69,7 @@ def match(
     ambiguous, missing, unexpected = engine.undecided(state)
     return Match(
         pairs={t: source.names[state.back[i]] for i, t in enumerate(target.names) if i in state.back},
-        evidence={t: tuple(state.why[i]) for i, t in enumerate(target.names) if i in state.back},
+        evidence={t: (*state.why[i], *facts(state, i)) for i, t in enumerate(target.names) if i in state.back},
         missing=missing,
         unexpected=unexpected,
         mismatched=mismatched,

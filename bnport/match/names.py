@@ -154,8 +154,8 @@ def equal(
     common = _same(free_s, free_t)
     if not common:
         return {}
-    fit = sum(_fit(sources[s], targets[t]) for t, s in common.items())
     automatic = {t for t in common if re.fullmatch(r"(?:.*/)?batch_?norm(?:alization)?\w*?(?:_?\d+)?", t.lower())}
+    fit = sum(_fit(sources[s], targets[t], kernels=t in automatic) for t, s in common.items())
     if 2 * fit <= len(common):
         return {}
     if len(automatic) * 2 > len(common) and (fit < len(common) or len(common) < max(len(free_s), len(free_t))):
@@ -181,10 +181,10 @@ def _same(sources: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def _fit(source: Layer, target: Layer) -> bool:
+def _fit(source: Layer, target: Layer, *, kernels: bool) -> bool:
     if source.channels != target.channels:
         return False
-    return source.kernel is None or target.kernel is None or source.kernel.shape == target.kernel.shape
+    return not kernels or source.kernel is None or target.kernel is None or source.kernel.shape == target.kernel.shape
 
 
 def _same_graph(sources: Mapping[str, Layer], targets: Mapping[str, Layer], common: Mapping[str, str]) -> bool:

@@ -35,7 +35,7 @@ class Match:
     unexpected:   sources that have no target.
     mismatched:   pairs asked for by name or map whose channel counts differ.
     ambiguous:    groups of candidates between which nothing decides; never picked from.
-    evidence:     target name -> the reasons for its pair, in words.
+    evidence:     target name -> in words, what decided its pair, then what else speaks for or against it.
     left_targets, left_sources: layers left out because the user said so (skip, only_under).
     """
 

@@ -107,7 +107,7 @@ def test_equal_contents_of_kernels_decide_beyond_doubt():
     targets = layers(*(layer(f"g.{i}.bn", 8, shape, values=ported(values, (i + 1) % 3)) for i in range(3)))
     found = match(sources, targets)
     assert found.pairs == {f"g.{i}.bn": f"f.{(i + 1) % 3}.bn" for i in range(3)}
-    assert found.evidence["g.0.bn"] == ("equal kernels",)
+    assert found.evidence["g.0.bn"][0] == "equal kernels"
 
 
 def test_kernels_of_one_value_tell_nothing():
@@ -224,6 +224,11 @@ def test_a_map_overrules_names_and_the_rest_is_paired_by_evidence():
     found = match(sources, targets, map={"a": "b"})
     assert found.pairs == {"a": "b", "b": "a", "z": "c"}
     assert found.evidence["a"] == ("the map says so",)
+
+
+def test_a_pair_by_name_whose_kernels_differ_says_so():
+    found = match(layers(layer("stem", 8, (8, 3, 7, 7))), layers(layer("stem", 8, (8, 1, 7, 7))))
+    assert found.evidence["stem"] == ("equal names", "kernels differ: 8x3x7x7 in the source, 8x1x7x7 in the target")
 
 
 def test_a_map_that_asks_for_other_channels_is_a_mismatch():
