@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 
-from bnport.testing import assert_equivalent
-
 FOLDER = "bnport_golden"
 _written = pytest.StashKey[list[str]]()
 
@@ -43,6 +41,8 @@ class Golden:
         __tracebackhide__ = True
         path = self.path(name)
         if not self.update:
+            from bnport.testing import assert_equivalent  # here: every pytest run of every project loads this module
+
             self._exists(path)
             assert_equivalent(path, model, target_epsilon=epsilon, target_options=options)
             return
@@ -56,6 +56,8 @@ class Golden:
     def compare(self, model: Any, name: str, **options: Any) -> None:
         """Fail unless the model's layers are the same functions as those recorded; options as for assert_equivalent."""
         __tracebackhide__ = True
+        from bnport.testing import assert_equivalent
+
         path = self.path(name)
         self._exists(path)
         assert_equivalent(path, model, **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -169,3 +171,13 @@ def test_a_record_stays_in_its_folder(tmp_path, name):
 
     with pytest.raises(ValueError, match="plain file name"):
         Golden(str(tmp_path), update=True, written=[]).path(name)
+
+
+def test_the_plugin_costs_other_projects_next_to_nothing():
+    """pytest loads it everywhere bnport is installed."""
+    code = (
+        "import pytest, sys\nbefore = set(sys.modules)\nimport bnport.pytest_plugin\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["bnport", "bnport.pytest_plugin"]
