@@ -128,12 +128,17 @@ class Frontier:
 
     def run(self, batches: Iterable[Any], hint: int = 0) -> dict[str, Moments]:
         """Moments per layer name. `batches` is read once; `hint` is their number if known (0: not), for progress."""
+        from concurrent.futures import ThreadPoolExecutor
+
         self._hint = hint
         source: Iterator[Any] | None = iter(batches)
         have = {DATA}
-        while self.open:
-            have = self._round(have, source)
-            source = None
+        with ThreadPoolExecutor(1) as pool:
+            for looking in self.looking.values():
+                looking.pool = pool
+            while self.open:
+                have = self._round(have, source)
+                source = None
         for norm in self._given if self.live.version == 2 else ():  # it updates what a model calls with training=True
             norm.write(self.moments[norm.name].mean, self.moments[norm.name].variance(self.unbiased))
         return self.moments
@@ -200,6 +205,8 @@ class Frontier:
         self.executed |= run_now
         self.rounds += 1
         for step, looking in plan:
+            if looking is not None:
+                looking.collect()
             for k in targets[id(step)] if looking is not None else ():
                 self.looking[id(step)].uses[k].done = True  # type: ignore[index]
         self._conclude()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
@@ -11,9 +12,14 @@ from bnport.errors import BnportError, InvalidValue, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Sequence
+    from concurrent.futures import Executor, Future
 
     from bnport.calibrate.graph import Step
     from bnport.calibrate.models import LiveModel, Norm
+    from bnport.calibrate.moments import Moments
+
+
+BEHIND = 2  # batches that may wait for the pool: they are held in memory
 
 
 class Use:
@@ -37,10 +43,14 @@ class Looking:
     A step that is a BatchNorm layer has one use. Otherwise the first batch shows the calls, in order; a call may depend
     on every earlier one. Where a layer is called more than once that is too strict, and what really depends on what is
     found by spoiling the output of one call after the other and seeing which inputs change.
+
+    pool: one thread that takes moments while the framework goes on; None: in line. The bits are the same.
     """
 
     def __init__(self, live: LiveModel, step: Step, norms: Sequence[Norm]) -> None:
         self.live, self.step, self.norms = live, step, norms
+        self.pool: Executor | None = None
+        self._pending: deque[Future[Moments]] = deque()
         self.uses: list[Use] | None = [Use(norms[0], set())] if step.whole else None
 
     def targets(self, unknown: Container[int]) -> list[int]:
@@ -58,10 +68,7 @@ class Looking:
         """Run the step on one batch as far as the last of the `targets`, adding the moments of their inputs."""
         assert self.uses is not None  # for the type checker: trace came first
         if self.step.whole and len(inputs) == 1 and self.live.as_it_is(self.norms[0], inputs[0]):
-            try:  # most layers: nothing happens to the input before the layer's call sees it
-                self.uses[0].tree.add(self.live.moments(self.norms[0], inputs[0]))
-            except Stop as stop:
-                raise stop.error or self._changed() from None
+            self._measure_directly(inputs[0])  # most layers: nothing happens to the input before their call sees it
             return
         uses, wanted, last, calls = self.uses, set(targets), max(targets), -1
 
@@ -87,6 +94,26 @@ class Looking:
                 raise stop.error from None
             return
         raise self._changed()
+
+    def _measure_directly(self, x: Any) -> None:
+        try:
+            array = self.live.values(self.norms[0], x)
+        except Stop as stop:
+            raise stop.error or self._changed() from None
+        if self.pool is None:
+            self._add(self.live.moments_of(self.norms[0], array))
+            return
+        self._pending.append(self.pool.submit(self.live.moments_of, self.norms[0], array))
+        self.collect(BEHIND)
+
+    def collect(self, behind: int = 0) -> None:
+        """Add the moments that the pool has been given, in order, until at most `behind` are still to come."""
+        while len(self._pending) > behind:
+            self._add(self._pending.popleft().result())
+
+    def _add(self, moments: Moments) -> None:
+        for use in self.uses or ():
+            use.tree.add(moments)
 
     def _changed(self) -> InvalidValue:
         return InvalidValue(f"{printable(self.step.name)}: does not call its BatchNorm layers alike for every batch")

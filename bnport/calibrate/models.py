@@ -274,8 +274,13 @@ class LiveModel:
         if mask is not None:
             masked = np.broadcast_to(self.numpy(mask).astype(bool), array.shape[:-1])
             array, axis = _unmasked(array, axis % array.ndim, masked), -1
+        return self.moments_of(norm, array, axis)
+
+    @staticmethod
+    def moments_of(norm: Norm, array: Array, axis: int | None = None) -> Moments:
+        """Moments along the layer's axis (or another), InvalidValue that names the layer."""
         try:
-            return moments(array, axis)
+            return moments(array, norm.axis if axis is None else axis)
         except InvalidValue as error:
             raise InvalidValue(f"{printable(norm.name)}: its input is not finite: {error}") from None
 
