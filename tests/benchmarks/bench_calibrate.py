@@ -26,10 +26,10 @@ def plain_way(keras, model, batches, every, numpy):
     norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     found, seconds = {}, []
     for index, layer in enumerate(norms):
-        prefix = keras.Model(model.inputs, layer.input)
         if every and index % every and index != len(norms) - 1:
             continue
         started, worked = time.perf_counter(), time.process_time()
+        prefix = keras.Model(model.inputs, layer.input)
         merged = merge_all(moments(numpy(prefix([batch], training=False))) for batch in batches)
         seconds.append((time.perf_counter() - started, time.process_time() - worked))
         if not every:
