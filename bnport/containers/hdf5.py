@@ -114,7 +114,7 @@ class H5:
             if group.path.count("/") > DEPTH_LIMIT:
                 self.refuse(group.path, f"groups nested more than {DEPTH_LIMIT} deep")
             yield group.path, group
-            waiting.extend(reversed([child for child in map(group.child, group.names()) if isinstance(child, Group)]))
+            waiting.extend(reversed(group.groups()))
 
 
 class Group:
@@ -155,10 +155,7 @@ class Group:
         path = f"{self.path}/{name}" if self.path else name
         raw = name.encode("utf-8", "surrogateescape")
         try:
-            kind = self._id.links.get_info(raw).type
-            if kind != h5py.h5l.TYPE_HARD:
-                what = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "a link to another file"}
-                self._h5.refuse(path, f"is {what.get(kind, 'a user-defined link')}; bnport does not follow those")
+            self._refuse_soft(raw, path)
             found = h5py.h5o.open(self._id, raw)
         except BnportError:
             raise
@@ -169,6 +166,32 @@ class Group:
         if isinstance(found, h5py.h5d.DatasetID):
             return tensor_of(self._h5, found, path)
         return None
+
+    def _refuse_soft(self, raw: bytes, path: str) -> None:
+        """Refuse any link but a hard one, which the library would follow."""
+        import h5py
+
+        kind = self._id.links.get_info(raw).type
+        if kind != h5py.h5l.TYPE_HARD:
+            what = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "a link to another file"}
+            self._h5.refuse(path, f"is {what.get(kind, 'a user-defined link')}; bnport does not follow those")
+
+    def groups(self) -> list[Group]:
+        """The groups directly in this group, in natural order of their names; its datasets are not opened."""
+        import h5py
+
+        found = []
+        for name in self.names():
+            raw, path = name.encode("utf-8", "surrogateescape"), f"{self.path}/{name}" if self.path else name
+            try:
+                self._refuse_soft(raw, path)
+                if h5py.h5o.get_info(self._id, raw).type == h5py.h5o.TYPE_GROUP:
+                    found.append(Group(self._h5, h5py.h5g.open(self._id, raw), path))
+            except BnportError:
+                raise
+            except DAMAGE as error:
+                self._h5.refuse(path, f"cannot be opened ({reason(error)})")
+        return found
 
     def group(self, path: str) -> Group | None:
         """The group at `path` below this one, name by name, or None if there is none."""
