@@ -78,7 +78,7 @@ def assert_same_outputs(
 ) -> None:
     """Fail unless two whole models give the same outputs for `inputs`; say where they part if they do not.
 
-    model_a, model_b: live torch or Keras models, or paths of .onnx and .keras files; inputs: an array (N, ...), `layout`
+    model_a, model_b: live torch or Keras models, or paths of .onnx files; inputs: an array (N, ...), `layout`
     ("NCHW", "NHWC") where that is not plain from its shape. tolerance: what `bnport.trace` takes for a difference between
     networks. Raises AssertionError that names the first BatchNorm layer at which they part, whether it is that layer or
     something before it, the channel, expected and got, and the likely mistake.

@@ -220,9 +220,31 @@ def test_the_models_are_left_as_they_were(net, twin):
 
 
 def test_an_error_inside_a_network_leaves_no_hooks(net, twin):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(
+        InvalidValue, match=r"live Net: cannot run on an input of shape \(1, 4, 16, 16\): RuntimeError: "
+    ):
         trace(net, twin, np.zeros((1, 4, 16, 16), np.float32), layout="NCHW")
+    with pytest.raises(
+        InvalidValue, match=r"the live Functional 'twin': cannot run on an input of shape \(1, 8, 8, 3\)"
+    ):
+        trace(net, twin, np.zeros((1, 3, 8, 8), np.float32))
+    assert "call" not in vars(twin.get_layer("bn1"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_an_input_that_is_not_finite_is_refused_and_one_that_is_zero_is_not(net, twin):
+    with pytest.raises(InvalidValue, match="NaN or infinity"):
+        trace(net, twin, np.full((1, 3, 16, 16), np.nan, np.float32))
+    assert trace(net, twin, np.zeros((1, 3, 16, 16), np.float32)).ok
+
+
+def test_a_network_that_makes_nan_is_not_said_to_hold_a_wrong_batchnorm(net):
+    broken = Net()
+    with torch.no_grad():
+        broken.conv2.weight[0] = float("nan")
+    found = trace(net, broken, images())
+    assert not [step for step in found.steps if step.layer_differs]
+    assert found.faults[0].startswith("before bn2: its input already differs by inf")
 
 
 def test_a_shared_layer_is_compared_at_each_of_its_calls():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bnport import adapters
 from bnport._lazy import np
 from bnport.convert import pair
-from bnport.errors import InvalidValue, printable
+from bnport.errors import BnportError, InvalidValue, printable
 from bnport.trace.comparison import Comparison
 from bnport.trace.layout import channels_first, oriented
 from bnport.trace.result import Own, Step, Trace
@@ -53,6 +53,8 @@ def trace(
     Raises InvalidValue for an input or a model that cannot be run, Question where the layout decides and is not given.
     """
     x = np.asarray(x)
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise InvalidValue("the input holds NaN or infinity, which no comparison survives")
     sides = [(model, adapters.find(model)) for model in (a, b)]
     for model, adapter in sides:
         if not hasattr(adapter, "tap"):
@@ -68,15 +70,31 @@ def trace(
     comparison = Comparison(layers_a, layers_b, match.pairs, tolerance, progress)
     (_, adapter_a), (_, adapter_b) = sides
     xs = [oriented(x, first, *form) for form in forms]
-    outputs_a = adapter_a.tap(a, xs[0], comparison.of_a)  # type: ignore[attr-defined]
-    outputs_b = adapter_b.tap(b, xs[1], comparison.of_b)  # type: ignore[attr-defined]
+    outputs_a = _tapped(adapter_a, a, xs[0], comparison.of_a, layers_a.source)
+    outputs_b = _tapped(adapter_b, b, xs[1], comparison.of_b, layers_b.source)
     for (model, adapter), own, outputs in zip(sides, xs, (outputs_a, outputs_b), strict=True):
         if hasattr(adapter, "compiled_outputs"):
             comparison.compiled(model is b, outputs, adapter.compiled_outputs(model, own))
     shaken = []
     if tolerance is None:
-        shaken = adapter_a.tap(a, _shaken(xs[0], comparison.ulp), comparison.of_shaken_a)  # type: ignore[attr-defined]
+        shaken = _tapped(adapter_a, a, _shaken(xs[0], comparison.ulp), comparison.of_shaken_a, layers_a.source)
     return comparison.result(outputs_a, outputs_b, shaken)
+
+
+def _tapped(
+    adapter: Any, model: Any, x: Array, each: Callable[[str, Array, Array, str], None], name: str
+) -> list[Array]:
+    """The adapter's tap; whatever a framework raises becomes one line."""
+    try:
+        outputs: list[Array] = adapter.tap(model, x, each)
+    except BnportError:
+        raise
+    except Exception as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise InvalidValue(
+            f"{printable(name)}: cannot run on an input of shape {x.shape}: {type(error).__name__}: {printable(said)}"
+        ) from error
+    return outputs
 
 
 def _shaken(x: Array, ulp: float) -> Array:
