@@ -52,7 +52,9 @@ def add_pairing_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--skip", action="append", default=[], metavar="PATTERN", help="leave these layers out; repeatable"
     )
-    group.add_argument("--only-under", metavar="PREFIX", help="pair only target layers below this name")
+    group.add_argument(
+        "--only-under", metavar="PREFIX", help="pair only layers below this name, on the side that has it"
+    )
     target = parser.add_argument_group("how the target is read")
     target.add_argument("--target-epsilon", type=float, metavar="E", help="epsilon of a target that does not store it")
     target.add_argument(

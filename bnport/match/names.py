@@ -148,11 +148,12 @@ def equal(
 ) -> dict[str, str]:
     """target -> source for layers of one name, also if one side puts a prefix before all its names.
 
-    Empty if most of the layers that share a name do not fit each other. Automatic names (`batch_normalization_7`) count
+    Empty if less than half of the smaller side's names have an equal (a `bn1` on both sides may be chance), or if most of
+    the layers that share a name do not fit each other. Automatic names (`batch_normalization_7`) count
     only if every one of them has its equal and they all fit: they say in which order layers were made, not what for.
     """
     common = _same(free_s, free_t)
-    if not common:
+    if 2 * len(common) < min(len(free_s), len(free_t)) or not common:
         return {}
     automatic = {t for t in common if re.fullmatch(r"(?:.*/)?batch_?norm(?:alization)?\w*?(?:_?\d+)?", t.lower())}
     fit = sum(_fit(sources[s], targets[t], kernels=t in automatic) for t, s in common.items())

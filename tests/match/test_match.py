@@ -43,6 +43,12 @@ def test_automatic_names_that_do_not_fit_are_no_evidence():
     }
 
 
+def test_a_few_names_that_happen_to_be_equal_are_no_evidence():
+    sources = chain(["bn1", "a", "b", "c", "d"])
+    targets = chain(["x", "bn1", "y", "z", "w"])
+    assert match(sources, targets).pairs == {"x": "bn1", "bn1": "a", "y": "b", "z": "c", "w": "d"}
+
+
 def test_unique_channel_counts_decide():
     found = match(layers(layer("s", 3), layer("r", 5)), layers(layer("x", 5), layer("y", 3)))
     assert found.pairs == {"x": "r", "y": "s"}
