@@ -80,6 +80,8 @@ class H5:
             access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
             access.set_fileobj_driver(h5py.h5fd.fileobj_driver, self.window)
             self._id = h5py.h5f.open(b"bnport window", h5py.h5f.ACC_RDONLY, access)
+            self._base = self.start + self._id.get_create_plist().get_userblock()
+            self.heaps: dict[int, dict[int, tuple[int, int]]] = {}
             self.root = Group(self, h5py.h5g.open(self._id, b"/"), "")
         except BnportError:
             raise
@@ -92,7 +94,7 @@ class H5:
         """`length` bytes at an address of the file (addresses count from behind a user block)."""
         if length > ATTRIBUTE_LIMIT:
             raise LookupError(length)
-        return self.file.pread(self.start + self._id.get_create_plist().get_userblock() + address, length)
+        return self.file.pread(self._base + address, length)
 
     def refuse(self, path: str, why: str) -> NoReturn:
         """Raise FormatError naming the file and the object."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bnport.containers.hdf5 import H5
 
 _HEADERS_LIMIT = 16 << 20  # bytes of one object's header, all blocks together
+_BLOCK = 1 << 20  # a collection up to this size is read whole: the usual one has 4 KiB
 _CONTINUATION, _ATTRIBUTE = 0x10, 0x0C
 
 
@@ -32,7 +33,7 @@ def texts(h5: H5, address: int, name: bytes, count: int, limit: int) -> list[byt
         total = sum(length for length, _, _ in listed)
         if total > limit:
             raise FormatError(f"{count} texts of together {total} bytes are more than is read")
-        heaps: dict[int, dict[int, tuple[int, int]]] = {}
+        heaps = h5.heaps  # many attributes share a collection
         found = []
         for length, heap, index in listed:
             if not length:
@@ -106,10 +107,12 @@ def _objects(h5: H5, address: int) -> dict[int, tuple[int, int]]:
     signature, size = struct.unpack("<4s4xQ", h5.at(address, 16))
     if signature != b"GCOL" or size > h5.size:
         raise LookupError
+    block = h5.at(address, size) if size <= _BLOCK else None
     found: dict[int, tuple[int, int]] = {}
     at = 16
     while at + 16 <= size:
-        index, length = struct.unpack("<H6xQ", h5.at(address + at, 16))
+        head = block[at : at + 16] if block is not None else h5.at(address + at, 16)
+        index, length = struct.unpack("<H6xQ", head)
         if not index:
             break  # the free space at the end
         found[index] = (address + at + 16, length)
