@@ -55,7 +55,7 @@ class Checkpoint:
             with np.load(self.path, allow_pickle=False) as stored:
                 state = {name: stored[name] for name in stored.files}
             made_for = str(state.pop("made_for"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
             raise FormatError(
                 f"{shown}: not a checkpoint of a calibration ({printable(error, 80)}); delete it to start anew"
             ) from None
