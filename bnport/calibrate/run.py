@@ -240,7 +240,7 @@ class _Run:
         import tempfile
 
         from bnport.calibrate import pinned, shards
-        from bnport.calibrate.file import check_config
+        from bnport.calibrate.loading import check_config
 
         if not (isinstance(data, str | os.PathLike) or callable(data)) or self.batches.length is None:
             raise InvalidValue(

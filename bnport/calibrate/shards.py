@@ -111,7 +111,7 @@ def _forget(_: object = None) -> None:
 def _opened(plan: Plan) -> LiveModel:
     import sys
 
-    from bnport.calibrate.file import check_config, load
+    from bnport.calibrate.loading import check_config, load
     from bnport.calibrate.models import LiveModel
 
     if "keras" not in sys.modules:
