@@ -15,6 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import torch
+from keras.src.applications.nasnet import NASNet  # the public ones have one size each
 
 from tests.zoo import timm, torchvision
 
@@ -26,12 +27,14 @@ class Architecture(NamedTuple):
     """One network in both frameworks.
 
     same: whether the two compute the same function once the parameters are ported (with an input of `size` pixels).
+    by_file: whether a state dict, which has no graph, decides every pair too.
     """
 
     torch: Callable[[], torch.nn.Module]
     keras: Callable[[int], keras.Model]
     size: int
     same: bool = True
+    by_file: bool = True
 
 
 def _tv(name: str, **options: Any) -> Callable[[], torch.nn.Module]:
@@ -115,6 +118,63 @@ def _resnetv2_keras(size: int) -> keras.Model:
     return keras.Model.from_config(config)
 
 
+class _ZeroPaddedMaxPool(torch.nn.MaxPool2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(timm.layers.padding.pad_same(x, (3, 3), (2, 2)))
+
+
+def _nasnet(repeats: int = 6, *, skip: bool = True, **options: Any) -> Callable[[], torch.nn.Module]:
+    """timm's NASNet with `repeats` normal cells to a stage, max pooling over zeros.
+
+    Before it pools, keras.applications pads with zeros, and timm with minus infinity. What is pooled has no ReLU before
+    it, so that a maximum of negative numbers at the border is 0 in one and negative in the other.
+    skip: whether the cell after a reduction takes the input before last of that reduction, as in NASNetLarge, or the
+    last, as in NASNetMobile.
+    """
+
+    def build() -> torch.nn.Module:
+        model = timm.models.nasnet.NASNetALarge(**options)
+        stages = [[f"cell_{first + i}" for i in range(repeats)] for first in (0, 6, 12)]
+        for name, _ in list(model.named_children()):
+            if name.startswith("cell_") and name[5:].isdigit() and not any(name in stage for stage in stages):
+                delattr(model, name)
+        for cell in model.children():
+            for name, module in list(cell.named_children()):
+                if isinstance(module, timm.layers.pool2d_same.MaxPool2dSame):
+                    setattr(cell, name, _ZeroPaddedMaxPool(3, 2))
+
+        def features(x: torch.Tensor) -> torch.Tensor:
+            before = model.conv0(x)
+            x = model.cell_stem_0(before)
+            before, x = x, model.cell_stem_1(before, x)
+            for i, stage in enumerate(stages):
+                if i:
+                    reduced = getattr(model, f"reduction_cell_{i - 1}")(x, before)
+                    before, x = before if skip else x, reduced
+                for name in stage:
+                    before, x = x, getattr(model, name)(x, before)
+            return model.act(x)
+
+        if repeats < 6 or not skip:
+            model.forward_features = features
+        return model
+
+    return build
+
+
+def _small_nasnet(size: int) -> keras.Model:
+    return NASNet(
+        (size, size, 3),
+        penultimate_filters=192,
+        num_blocks=2,
+        stem_block_filters=12,
+        weights=None,
+        classes=10,
+        default_size=size,
+        classifier_activation=None,
+    )
+
+
 ARCHITECTURES = {
     "ResNet50": Architecture(_resnet("resnet50"), _app("ResNet50"), 64),
     "ResNet101": Architecture(_resnet("resnet101"), _app("ResNet101"), 64),
@@ -143,7 +203,13 @@ ARCHITECTURES = {
     "EfficientNetB3": Architecture(_timm("tf_efficientnet_b3"), _efficientnet("EfficientNetB3"), 64),
     "Xception": Architecture(_timm("legacy_xception"), _app("Xception"), 71),
     "InceptionResNetV2": Architecture(_timm("inception_resnet_v2"), _app("InceptionResNetV2"), 75),
-    "NASNetLarge": Architecture(_timm("nasnetalarge"), _app("NASNetLarge"), 67, same=False),
+    "NASNetMobile": Architecture(
+        _nasnet(4, skip=False, num_features=1056, stem_size=32), _app("NASNetMobile"), 66, by_file=False
+    ),
+    "NASNetLarge": Architecture(_nasnet(), _app("NASNetLarge"), 67, by_file=False),
+    "NASNet with two cells to a stage": Architecture(
+        _nasnet(2, num_features=192, stem_size=12, num_classes=10), _small_nasnet, 67, by_file=False
+    ),
 }
 
 
@@ -152,12 +218,17 @@ def build(name: str) -> tuple[torch.nn.Module, keras.Model]:
     keras.utils.clear_session()
     torch.manual_seed(0)
     source = telling(ARCHITECTURES[name].torch().double(), ARCHITECTURES[name].size)
-    plain = keras.config.floatx()
+    plain, policy = (
+        keras.config.floatx(),
+        keras.config.dtype_policy(),
+    )  # the policy is made from floatx at its first use
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     try:
         target = ARCHITECTURES[name].keras(ARCHITECTURES[name].size)
     finally:
         keras.config.set_floatx(plain)
+        keras.config.set_dtype_policy(policy)
     return source, target
 
 
@@ -307,14 +378,14 @@ def _port_kernel(module: Any, kernel: Any, bias: Any) -> None:
         bias.assign(np.zeros(bias.shape))
 
 
-def difference(name: str, source: torch.nn.Module, target: keras.Model) -> float:
+def difference(name: str, source: torch.nn.Module, target: Callable[..., Any]) -> float:
     """The largest difference of the two networks' outputs on one random input, relative to the largest output."""
     size = ARCHITECTURES[name].size
     x = np.random.default_rng(1).normal(size=(1, 3, size, size))
     with torch.no_grad():
         expected = getattr(source, "counted", source)(torch.from_numpy(x)).numpy()
     feed = x.transpose(0, 2, 3, 1)
-    got = np.asarray(target(feed, training=False))
+    got = np.asarray(target(feed, training=False) if isinstance(target, keras.Model) else target(feed))
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
