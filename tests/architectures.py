@@ -378,14 +378,14 @@ def _port_kernel(module: Any, kernel: Any, bias: Any) -> None:
         bias.assign(np.zeros(bias.shape))
 
 
-def difference(name: str, source: torch.nn.Module, target: Callable[..., Any]) -> float:
+def difference(name: str, source: torch.nn.Module, target: keras.Model) -> float:
     """The largest difference of the two networks' outputs on one random input, relative to the largest output."""
     size = ARCHITECTURES[name].size
     x = np.random.default_rng(1).normal(size=(1, 3, size, size))
     with torch.no_grad():
         expected = getattr(source, "counted", source)(torch.from_numpy(x)).numpy()
     feed = x.transpose(0, 2, 3, 1)
-    got = np.asarray(target(feed, training=False) if isinstance(target, keras.Model) else target(feed))
+    got = np.asarray(target(feed, training=False))
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
