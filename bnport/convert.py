@@ -89,21 +89,20 @@ def convert(
     report = _Reporter(sources, targets, match, changes, notes, partial=fields != set(WRITABLE))
     if dry_run:
         return report.planned(_path(source))
-    adapter = adapters.find(target)
+    adapter = adapters.load(targets.format)
+    reading = {**(target_options or {}), "format": targets.format, "epsilon": target_epsilon}
+    original = _source_engine(source, epsilon, source_options) if run else None
     if path is None:
         if not hasattr(adapter, "apply"):
             raise InvalidValue(f"{targets.source}: bnport cannot write into a live {targets.format} object")
         report.targets = targets = _frozen(targets)
+        engine = None if run is False else engine_of(adapter, target, epsilon=target_epsilon, options=target_options)
         adapter.apply(target, changes)
-        after = adapters.read(target, **(target_options or {}))
-        result = report.written(
-            after,
-            None,
-            _path(source),
-            None if run is False else engine_of(adapter, target, options=target_options),
-            progress,
-            _source_engine(source, epsilon, source_options) if run else None,
-        )
+        try:
+            result = report.written(adapters.read(target, **reading), None, _path(source), engine, progress, original)
+        except BaseException:
+            adapter.apply(target, _as_they_were(targets, changes))
+            raise
         if not result.ok:
             adapter.apply(target, _as_they_were(targets, changes))
         return result
@@ -113,9 +112,8 @@ def convert(
     results: list[Report] = []
 
     def check(temporary: str) -> None:
-        after = adapters.read(temporary, format=targets.format, epsilon=target_epsilon, **(target_options or {}))
+        after = adapters.read(temporary, **reading)
         engine = engine_of(adapter, temporary, epsilon=target_epsilon, options=target_options) if run else None
-        original = _source_engine(source, epsilon, source_options) if run else None
         results.append(report.written(after, destination, _path(source), engine, progress, original))
         if not results[0].ok:
             raise _NotTheSame

@@ -1,0 +1,102 @@
+"""The conductor: a live target is written whole or left as it was, options of the target reach its reader and writer."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+
+import bnport
+from bnport.cli import main
+from bnport.errors import MatchError, Unrepresentable
+
+from .test_cli import DIGITS, PTH, TWIN
+
+CONVERT = "bnport.convert"
+
+
+def network(seed: int, eps: float = 1e-5) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4, eps=eps), torch.nn.BatchNorm2d(6, eps=eps)
+    )
+    for norm in net[1:]:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.running_mean)
+        torch.nn.init.uniform_(norm.running_var, 1e-6, 1)
+    return net
+
+
+def numbers(net: torch.nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in net.state_dict().items()}
+
+
+def test_a_live_torch_module_is_written_and_run():
+    source, target = network(1), network(2, eps=1e-3)
+    report = bnport.convert(source, target)
+    assert report.ok
+    assert {norm.eps for norm in target[1:]} == {1e-5}
+    x = torch.randn(3, 4, 5, 5)
+    assert torch.equal(source[1].eval()(x), target[1].eval()(x))
+
+
+@pytest.mark.parametrize("failure", ["raises", "different"])
+def test_a_live_target_whose_check_fails_is_put_back_bit_for_bit(monkeypatch, failure):
+    source, target = network(1), network(2, eps=1e-3)
+    before, epsilons = numbers(target), [norm.eps for norm in target[1:]]
+    real = sys.modules[CONVERT].check_bits
+
+    def failing(*arguments):
+        if failure == "raises":
+            raise MatchError("made to fail")
+        return {n: (check._replace(ratio=2.0), notes) for n, (check, notes) in real(*arguments).items()}
+
+    monkeypatch.setattr(sys.modules[CONVERT], "check_bits", failing)
+    if failure == "raises":
+        with pytest.raises(MatchError, match="made to fail"):
+            bnport.convert(source, target)
+    else:
+        assert not bnport.convert(source, target).ok
+    assert numbers(target) == before
+    assert [norm.eps for norm in target[1:]] == epsilons
+
+
+def test_one_layer_that_does_not_fit_leaves_every_layer_as_it_was():
+    source, target = network(1), network(2).half()
+    source[2].running_mean.fill_(1e5)
+    before = numbers(target)
+    with pytest.raises(Unrepresentable, match=r"2 <- 2: mean, channels 0, 1, 2, 3, 4 and 1 more.*float16"):
+        bnport.convert(source, target)
+    assert numbers(target) == before
+
+
+def test_the_epsilon_of_a_live_state_dict_is_the_one_that_was_given():
+    source, net = network(1), network(2)
+    target = copy.deepcopy(net.state_dict())
+    report = bnport.convert(source, target, target_epsilon=1e-3)
+    assert report.ok
+    held = bnport.read(target, epsilon=1e-3)
+    assert bnport.verify(source, held).ok
+    assert not bnport.verify(source, target).ok  # read with torch's default it is another function
+
+
+def test_an_output_that_fails_its_check_never_takes_its_name(monkeypatch, tmp_path, capsys):
+    real = sys.modules[CONVERT].check_bits
+    monkeypatch.setattr(
+        sys.modules[CONVERT],
+        "check_bits",
+        lambda *a: {n: (check._replace(ratio=2.0), notes) for n, (check, notes) in real(*a).items()},
+    )
+    out = tmp_path / "out.keras"
+    assert main(["convert", PTH, TWIN, "-o", str(out)]) == 1
+    assert "NOT written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_format_of_the_target_can_be_given(tmp_path):
+    out = tmp_path / "out.keras"
+    assert main(["convert", PTH, TWIN, "-o", str(out), "--target-option", "format=keras"]) == 0
+    assert main(["convert", PTH, TWIN, "-o", str(tmp_path / "x"), "--target-option", "format=torch"]) == 2
+    assert (DIGITS / "twin.keras").exists()
