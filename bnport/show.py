@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bnport.layer import Layer
-    from bnport.record import Array
 
 _TYPE_CODES = {"float32": "f", "float64": "d"}
 
@@ -29,7 +28,7 @@ class Range(NamedTuple):
     not_finite: int = 0
     zero: int = 0
     one: int = 0
-    negative: int = 0
+    negative: int = 0  # counted for a variance only
     size: int = 0
 
 
@@ -65,12 +64,14 @@ def _ranges(layer: Layer) -> dict[str, Range]:
         for field, tensor in tensors.items():
             numbers = array(_TYPE_CODES[tensor.dtype])
             numbers.frombytes(tensor.read())
-            found[field] = _range_of(numbers)
+            found[field] = _range_of(field, numbers)
         return found
-    return {field: _range_of_array(array) for field, array in layer.arrays().items() if field in FIELDS}
+    return {
+        field: _range_of(field, array.ravel().tolist()) for field, array in layer.arrays().items() if field in FIELDS
+    }
 
 
-def _range_of(numbers: Sequence[float]) -> Range:
+def _range_of(field: str, numbers: Sequence[float]) -> Range:
     total = sum(numbers) if numbers else 0.0
     finite: Sequence[float] = numbers
     if total - total != 0:  # NaN or infinity somewhere, or a sum that overflows
@@ -82,13 +83,9 @@ def _range_of(numbers: Sequence[float]) -> Range:
         not_finite=len(numbers) - len(finite),
         zero=numbers.count(0.0) if low <= 0 <= high else 0,
         one=numbers.count(1.0) if low <= 1 <= high else 0,
-        negative=sum(n < 0 for n in finite) if low < 0 else 0,
+        negative=sum(n < 0 for n in finite) if field == "variance" and low < 0 else 0,
         size=len(numbers),
     )
-
-
-def _range_of_array(array: Array) -> Range:
-    return _range_of(array.ravel().tolist())
 
 
 def _health(layer: Layer, ranges: dict[str, Range]) -> list[str]:

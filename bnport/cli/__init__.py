@@ -33,7 +33,8 @@ def parser_of(command: str | None = None) -> argparse.ArgumentParser:
         " 1 different; 2 could not run.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    # prog is given because argparse would import shutil to find it out
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog="bnport")
     for name in [command] if command else commands():
         module = importlib.import_module(f"bnport.cli.{name}")
         sub = subparsers.add_parser(
