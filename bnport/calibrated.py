@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
 from bnport.containers.files import TEMPORARY, check_output
-from bnport.convert import convert, map_paths, pair
+from bnport.convert import convert, pair
 from bnport.errors import InvalidValue, Unrepresentable, printable
 from bnport.layer import Layers
+from bnport.outcome import paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -55,7 +56,7 @@ def convert_calibrated(
     if not live:
         if out is None:
             raise InvalidValue("out: name the file to make; the target file itself is never changed")
-        check_output(os.fspath(out), force=force, inputs=map_paths(source, target))
+        check_output(os.fspath(out), force=force, inputs=paths(source, target))
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_some(target)
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)

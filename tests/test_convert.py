@@ -14,7 +14,7 @@ from bnport.errors import MatchError, Unrepresentable
 
 from .test_cli import DIGITS, PTH, TWIN
 
-CONVERT = "bnport.convert"
+OUTCOME = "bnport.outcome"
 
 
 def network(seed: int, eps: float = 1e-5) -> torch.nn.Module:
@@ -46,14 +46,14 @@ def test_a_live_torch_module_is_written_and_run():
 def test_a_live_target_whose_check_fails_is_put_back_bit_for_bit(monkeypatch, failure):
     source, target = network(1), network(2, eps=1e-3)
     before, epsilons = numbers(target), [norm.eps for norm in target[1:]]
-    real = sys.modules[CONVERT].check_bits
+    real = sys.modules[OUTCOME].check_bits
 
     def failing(*arguments):
         if failure == "raises":
             raise MatchError("made to fail")
         return {n: (check._replace(ratio=2.0), notes) for n, (check, notes) in real(*arguments).items()}
 
-    monkeypatch.setattr(sys.modules[CONVERT], "check_bits", failing)
+    monkeypatch.setattr(sys.modules[OUTCOME], "check_bits", failing)
     if failure == "raises":
         with pytest.raises(MatchError, match="made to fail"):
             bnport.convert(source, target)
@@ -83,9 +83,9 @@ def test_the_epsilon_of_a_live_state_dict_is_the_one_that_was_given():
 
 
 def test_an_output_that_fails_its_check_never_takes_its_name(monkeypatch, tmp_path, capsys):
-    real = sys.modules[CONVERT].check_bits
+    real = sys.modules[OUTCOME].check_bits
     monkeypatch.setattr(
-        sys.modules[CONVERT],
+        sys.modules[OUTCOME],
         "check_bits",
         lambda *a: {n: (check._replace(ratio=2.0), notes) for n, (check, notes) in real(*a).items()},
     )

@@ -76,6 +76,31 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
+class Digest:
+    """The sha256 of a file, computed on a thread while other work goes on (hashing releases the interpreter's lock)."""
+
+    def __init__(self, path: str) -> None:
+        import threading
+
+        self._outcome: str | Exception = ""
+        self._path = path
+        self._thread = threading.Thread(target=self._compute, daemon=True)
+        self._thread.start()
+
+    def _compute(self) -> None:
+        try:
+            self._outcome = sha256(self._path)
+        except Exception as error:  # raised where somebody waits for the result
+            self._outcome = error
+
+    def result(self) -> str:
+        """The hex digest; waits for it. Raises what reading the file raised."""
+        self._thread.join()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
 def _digest(file: object) -> str:  # Python 3.10
     import hashlib
 
