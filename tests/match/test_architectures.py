@@ -137,7 +137,8 @@ EXPORTERS = {
 }
 FAST_EXPORTS = {("MobileNetV2", "dynamo"), ("ResNet50", "TorchScript")}
 
-# branches that differ in what is pooled or in the order of execution only, which the names would have told apart
+# two branches from one input that differ only in a pooling before them or in what they are added to: neither is in the
+# graph of BatchNorm layers; names or the order of execution decide where there are any
 UNDECIDED_WITHOUT_NAMES = {"InceptionV3", "NASNetMobile", "NASNetLarge", "NASNet with two cells to a stage"}
 
 
