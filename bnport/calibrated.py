@@ -65,7 +65,8 @@ def convert_calibrated(
     _check_held(sources, targets, chosen)
     arrays = {s: targets[t].arrays() for t, s in chosen.items()}
     stand_ins = {s: (held["mean"].copy(), held["variance"].copy()) for s, held in arrays.items()}
-    pairing: dict[str, Any] = {"map": map, "skip": skip, "only_under": only_under}
+    # paired once: numbers are evidence too, and the stand-ins below have others than the source
+    pairing: dict[str, Any] = {"map": dict(match.pairs), "skip": skip, "only_under": only_under}
     calibration = {"progress": progress, **(calibration or {}), "layers": list(chosen)}
     started = _with_statistics(sources, stand_ins, "")
     if live:
@@ -76,7 +77,8 @@ def convert_calibrated(
         try:
             result = calibrate(target, data, **calibration)
         except BaseException:
-            convert(Layers(before.values(), source="the model as it was", format=targets.format), target, run=False)
+            as_it_was = Layers(before.values(), source="the model as it was", format=targets.format)
+            convert(as_it_was, target, map={name: name for name in before}, run=False)
             raise
     else:
         from bnport.calibrate.file import calibrate_file

@@ -8,7 +8,6 @@ functions that were handed a live object of it, or that run it.
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
@@ -182,8 +181,3 @@ def read_some(source: Any, **options: Any) -> Layers:
         why = f" {' '.join(layers.notes)}" if layers.notes else ""
         raise NotFound(f"no BatchNorm found in {layers.source} ({layers.format}).{why}")
     return layers
-
-
-def imported(package: str) -> bool:
-    """Whether somebody else has already imported `package`."""
-    return package in sys.modules
