@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from bnport._lazy import np
 from bnport.calibrate import sums
+from bnport.calibrate.tree import FixedTree
 from bnport.errors import FormatError, InvalidValue
 from bnport.record import first_channels
 
@@ -100,6 +101,10 @@ class Moments:
         """The square root of `variance`."""
         root: Array = np.sqrt(self.variance(unbiased))
         return root
+
+    def merge(self, other: Moments) -> Moments:
+        """Both together: the function `merge`."""
+        return merge(self, other)
 
     def same_bits(self, other: Moments) -> bool:
         """Whether both are the same to the last bit."""
@@ -320,63 +325,11 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(n, mean, a.m2 + b.m2 + apart * apart * (a.n * b.n / n), low)
 
 
-class Tree:
-    """Merges blocks in the order of their numbers, as one fixed binary tree, holding log2(blocks) values at a time.
+class Tree(FixedTree[Moments]):
+    """Moments merged in the fixed tree over the blocks that they are of."""
 
-    Blocks 0 and 1, 2 and 3, ... merge; then those pairs; and so on, like a binary counter; what is left over at the end
-    is folded from the last to the first. The shape depends on the number of blocks only, so that the result has the same
-    bits however the blocks were computed. Picklable: a checkpoint resumes to the same bits.
-    """
-
-    __slots__ = ("_waiting", "blocks")
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[int, Moments]] = []  # (level, value), the level falling
-        self.blocks = 0
-
-    def add(self, block: Moments) -> None:
-        """The next block in order."""
-        level = 0
-        while self._waiting and self._waiting[-1][0] == level:
-            block = merge(self._waiting.pop()[1], block)
-            level += 1
-        self._waiting.append((level, block))
-        self.blocks += 1
-
-    @property
-    def n(self) -> int:
-        """How many numbers per channel have been added."""
-        return sum(value.n for _, value in self._waiting)
-
-    def result(self) -> Moments:
-        """All blocks so far, merged; more may be added afterwards. InvalidValue if there were none."""
-        if not self._waiting:
-            raise InvalidValue("no data: there is nothing to take a mean of")
-        merged = self._waiting[-1][1]
-        for _, value in reversed(self._waiting[:-1]):
-            merged = merge(value, merged)
-        return merged
-
-    def to_arrays(self) -> dict[str, Array]:
-        """The state as plain arrays, for a checkpoint (.npz); `from_arrays` takes them back to the same bits."""
-        levels = np.array([level for level, _ in self._waiting], np.int64)
-        stored = [np.frombuffer(value.to_bytes(), np.uint8) for _, value in self._waiting]
-        shape = (len(stored), len(stored[0]) if stored else 0)
-        return {"blocks": np.array(self.blocks), "levels": levels, "values": np.array(stored, np.uint8).reshape(shape)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Any) -> Tree:
-        """The state that `to_arrays` gave. FormatError if it is damaged."""
-        tree = cls()
-        try:
-            levels, values = arrays["levels"].tolist(), arrays["values"]
-            tree.blocks = int(arrays["blocks"])
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise FormatError(f"not a stored tree of moments: {error!r:.80}") from None
-        if len(levels) != len(values) or sum(1 << int(level) for level in levels) != tree.blocks:
-            raise FormatError(f"a stored tree of {tree.blocks} blocks does not have the levels {levels!r:.60}")
-        tree._waiting = [(int(k), Moments.from_bytes(v.tobytes())) for k, v in zip(levels, values, strict=True)]
-        return tree
+    __slots__ = ()
+    kind = Moments
 
 
 def merge_all(blocks: Iterable[Moments]) -> Moments:
