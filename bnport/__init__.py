@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+
+from bnport._lazy import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bnport.adapters import read

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
+from bnport._lazy import TYPE_CHECKING, NamedTuple, Protocol
 from bnport.errors import InvalidValue, printable
 from bnport.record import FIELDS, BatchNorm, checked_epsilon
 
@@ -20,7 +19,6 @@ class StoredTensor(Protocol):
 
     def read(self) -> bytes:
         """Its bytes, little-endian, C order."""
-        ...
 
 
 class Kernel(NamedTuple):

@@ -11,9 +11,8 @@ float64 and rounded once, when a record is fitted to the layer that will hold it
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.errors import InvalidValue, Unrepresentable
 from bnport.rounding import LARGEST, UNIT_ROUNDOFF, meant_epsilon, round_to
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
     from bnport.verify import Check, LayerReport, Report
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.errors import InvalidValue
 
 if TYPE_CHECKING:

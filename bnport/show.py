@@ -7,8 +7,8 @@ keeps a listing near the interpreter's own start-up.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, NamedTuple
 
+from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.errors import BnportError
 from bnport.record import FIELDS
 

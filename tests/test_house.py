@@ -127,6 +127,34 @@ def test_the_help_imports_no_framework_and_not_even_numpy():
     assert _loaded_after(code, ("numpy", "h5py", "rich", "dataclasses", "zipfile")) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits/digits.pth",
+        "digits/digits.safetensors",
+        "digits/twin.keras",
+        "onnx/torch-kept.onnx",
+        "caffe/bvlc.caffemodel",
+    ],
+)
+def test_a_listing_imports_neither_numpy_nor_typing_nor_what_argparse_asks_for_the_terminals_width(name):
+    path = os.path.join(os.path.dirname(TESTS), "fixtures", name)
+    code = f"import bnport.cli\nassert bnport.cli.main(['show', '--no-values', {path!r}]) == 0"
+    assert _loaded_after(code, ("numpy", "h5py", "rich", "dataclasses", "zipfile", "typing", "shutil")) == []
+
+
+def test_help_is_as_wide_as_it_is_told():
+    def usage(columns):
+        done = subprocess.run(
+            [sys.executable, "-m", "bnport", "show", "--help"],
+            capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": columns},
+        )  # fmt: skip
+        return done.stdout.split("\n\n")[0].splitlines()
+
+    assert max(map(len, usage("60"))) < 60
+    assert len(usage("400")) == 1
+
+
 def test_every_adapter_has_a_contract_test():
     under_contract = set()
     folder = os.path.join(TESTS, "adapters")

@@ -8,20 +8,22 @@ functions that were handed a live object of it, or that run it.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Protocol
 
+from bnport._lazy import TYPE_CHECKING, Protocol
 from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
+    from bnport.containers.patch import Patch
     from bnport.layer import Change, Layers
 
 HEAD_BYTES = 4096
 
 
 class Adapter(Protocol):
-    """What an adapter module defines. `write`, `apply` and `run` may be missing where they make no sense."""
+    """What an adapter module defines. `write`, `patches`, `apply` and `run` may be missing where they make no sense."""
 
     __name__: str
     SUFFIXES: tuple[str, ...]  # ".pth", ...: file names it reads; several adapters may share one
@@ -29,7 +31,6 @@ class Adapter(Protocol):
 
     def recognise(self, head: bytes, path: str) -> bool:
         """Whether the first HEAD_BYTES of the file at `path` are this format. May open `path` again if that is cheap."""
-        ...
 
     def read(self, source: Any, **options: Any) -> Layers:
         """The BatchNorm layers of a path (str) or live object, lazily. Options are keyword-only, with defaults.
@@ -37,15 +38,18 @@ class Adapter(Protocol):
         Raises FormatError (naming file and tensor) for what is not understood; returns empty Layers, with notes that
         say why if it is known, where there is no BatchNorm.
         """
-        ...
 
     def write(self, target: str, changes: Mapping[str, Change], out: str, **options: Any) -> None:
         """Make, at the new path `out`, a copy of the file `target` with the changes; all else stays byte for byte."""
-        ...
+
+    def patches(self, target: str, changes: Mapping[str, Change], **options: Any) -> list[Patch]:
+        """The changes as bytes at offsets of the file `target`, for changing it in place.
+
+        Raises InvalidValue where the file would have to become longer or be rewritten.
+        """
 
     def apply(self, model: Any, changes: Mapping[str, Change], **options: Any) -> None:
         """Write the changes into a live object: all, or on any error none."""
-        ...
 
     def run(self, source: Any, layer: str, x: Any, **options: Any) -> dict[str, Any]:
         """Put x of shape (N, C) through one layer of a path or live object by the real engine, at inference.
@@ -53,7 +57,6 @@ class Adapter(Protocol):
         Returns how it was called -> output of shape (N, C): {"model(x)": ..., "predict": ...}. Raises MissingDependency
         without the framework. The source is left as it was.
         """
-        ...
 
 
 def names() -> list[str]:
@@ -92,6 +95,8 @@ def find(source: Any) -> Adapter:
 
 def _of_file(path: str) -> Adapter:
     head = read_head(path)
+    if head.startswith(b"\xff\xff"):
+        _refuse_half_changed(head, path)
     suffix = os.path.splitext(path)[1].lower()
     others = []
     for name in sorted(names(), key=lambda name: not _mentions(name, suffix)):
@@ -107,13 +112,23 @@ def _of_file(path: str) -> Adapter:
     raise FormatError(f"{printable(path)}: not a model file that bnport reads ({what}); it reads {', '.join(known)}")
 
 
+def _refuse_half_changed(head: bytes, path: str) -> None:
+    from bnport.containers.in_place import is_sealed
+
+    if is_sealed(head):
+        raise FormatError(
+            f"{printable(path)}: was being changed in place when bnport was stopped; 'bnport restore {printable(path)}' puts"
+            " its old contents back"
+        )
+
+
 def _mentions(name: str, suffix: str) -> bool:
     """Whether an adapter's source names a suffix: those are loaded first, so that the others often need not be."""
     folder = os.path.dirname(__file__)
     for path in (os.path.join(folder, name, "__init__.py"), os.path.join(folder, f"{name}.py")):
         try:
-            with open(path, encoding="utf-8") as file:
-                return f'"{suffix}"' in file.read()
+            with open(path, "rb") as file:
+                return f'"{suffix}"'.encode() in file.read()
         except OSError:
             continue
     return True

@@ -20,8 +20,8 @@ files are, and `bnport convert records.safetensors model.keras -o ported.keras` 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.containers.files import sha256
 from bnport.containers.safetensors import is_safetensors, open_safetensors, write_safetensors
 from bnport.containers.tensor import Tensor

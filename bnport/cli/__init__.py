@@ -9,6 +9,7 @@ Exit codes: 0 done, or the same function; 1 different; 2 could not run.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -24,13 +25,28 @@ def commands() -> list[str]:
     return sorted(modules - {"common"})
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, found without shutil: argparse makes one of these for every argument."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        width = int(columns) if columns.isdecimal() else 0
+        if not width:
+            try:
+                width = os.get_terminal_size(1).columns
+            except OSError:  # no terminal
+                width = 80
+        super().__init__(prog, width=max(width, 40) - 2)
+
+
 def parser_of(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only `command`'s own arguments are configured, of the others just the one-line help is known."""
     parser = argparse.ArgumentParser(
         prog="bnport",
         description="Move BatchNorm parameters between deep-learning frameworks, and prove the result.",
-        epilog="'bnport COMMAND --help' shows a command's options and examples. Exit codes: 0 done, or the same function;"
-        " 1 different; 2 could not run.",
+        epilog="'bnport COMMAND --help' shows a command's options and examples.\n"
+        "Exit codes: 0 done, or the same function; 1 different; 2 could not run.",
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     # prog is given because argparse would import shutil to find it out
@@ -42,7 +58,7 @@ def parser_of(command: str | None = None) -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.HELP,
             epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
         )
         module.configure(sub)
         sub.set_defaults(execute=module.run)
@@ -80,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script. OpenBLAS threads cost 0.09 s of CPU at every numpy import and nothing here needs them."""
+    gc.set_threshold(100_000)  # a command soon ends: looking for garbage among what it keeps was a tenth of a listing
     if not any(word in ("calibrate", "stats", "trace") for word in sys.argv[1:2]):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a framework's start-up chatter is not our output

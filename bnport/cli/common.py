@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import TYPE_CHECKING, Any
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import InvalidValue, printable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+    from typing import Any
 
     from bnport.verify import Report
 
@@ -99,6 +99,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def print_json(value: object) -> None:
     """One JSON document on standard output; NaN and infinity never appear in it."""
+    import json
+
     json.dump(value, sys.stdout, indent=1, allow_nan=False)
     print()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.cli import common
 
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from bnport.layer import Layers
     from bnport.show import Summary

@@ -11,15 +11,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from typing import TYPE_CHECKING, Any
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.containers.hdf5_data import DAMAGE, H5Tensor, reason, tensor_of
 from bnport.errors import BnportError, FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     from bnport.containers.files import ReadFile
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.containers.tensor import ITEM_SIZE, Tensor
 from bnport.errors import BnportError, printable
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from bnport.containers.hdf5 import H5
 
 CHUNKED_LIMIT = 256 << 20  # bytes of one chunked array once unpacked

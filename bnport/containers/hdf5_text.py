@@ -8,8 +8,8 @@ forwards, with the texts' total length bounded before one is read. (HDF5 file fo
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import FormatError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ hashing it could take exponential time. (pickletools' opcode table, protocols 0 
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:

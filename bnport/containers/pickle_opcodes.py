@@ -6,8 +6,8 @@ Extension codes (EXT1, EXT2, EXT4) and out-of-band buffers are refused: what the
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.containers.pickle import Machine, Node
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ starting with "{", then one buffer that the tensors' `data_offsets` must cover w
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
 
+from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.containers.files import ReadFile, copy_contents
 from bnport.containers.tensor import ITEM_SIZE, Tensor
 from bnport.errors import FormatError, InvalidValue, NotFound, printable

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ https://protobuf.dev/reference/protobuf/textformat-spec/
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import zlib
 from struct import Struct
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import FormatError, NotFound, listed, printable
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ each blob has, and nothing else; the factor becomes 1. Epsilon is not written, b
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import FormatError, InvalidValue, printable
 from bnport.layer import Layers
 

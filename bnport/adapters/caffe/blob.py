@@ -7,8 +7,8 @@ which data win where several are given: src/caffe/blob.cpp, Blob::FromProto.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.containers.protobuf import LENGTH, VARINT, Numbers, fields, signed, varints
 from bnport.containers.tensor import ITEM_SIZE, Tensor
 from bnport.errors import FormatError, printable

@@ -7,8 +7,7 @@ takes nothing but blobs from a caffemodel, by layer name. Field numbers: BVLC/ca
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.caffe.blob import Blob, Budget, from_hdf5, from_message, kernel_shape
 from bnport.containers.files import ReadFile
 from bnport.containers.protobuf import FIXED32, LENGTH, VARINT, Buffer, fields, signed

@@ -7,8 +7,8 @@ of legacy DIGITS files); yjxiong/caffe python/bn_convert_style.py (1/std in file
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.caffe.values import Choices, Held, listed_tensors, load, narrowest
 from bnport.adapters.caffe.wiring import Wiring
 from bnport.errors import FormatError, InvalidValue, Question, listed, printable

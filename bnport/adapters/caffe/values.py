@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import TYPE_CHECKING, NamedTuple
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.containers.tensor import Tensor
 from bnport.errors import InvalidValue, printable
 

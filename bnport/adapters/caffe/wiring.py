@@ -6,9 +6,7 @@ inserts where a blob is read twice and keeps in what it saves, are looked throug
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.layer import Kernel
 
 if TYPE_CHECKING:

@@ -25,10 +25,11 @@ Not read: multi-axis layers, mode 1 and 2 of Keras 1 (no fixed function), npz we
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from bnport._lazy import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from bnport.adapters.keras.entry import Contents
     from bnport.layer import Change, Layers

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.keras import config
 from bnport.adapters.keras.entry import Contents, Entry
 from bnport.containers.zip import STORED, Archive
@@ -11,6 +10,7 @@ from bnport.errors import FormatError, NotFound, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from bnport.adapters.keras.weights import Found, Store
     from bnport.containers.files import ReadFile

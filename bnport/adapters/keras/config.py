@@ -5,15 +5,16 @@ Nothing of it is ever looked up or called: custom classes and Lambda layers are 
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.errors import FormatError, InvalidValue, printable
 from bnport.record import checked_epsilon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 CONFIG_LIMIT = 64 << 20  # bytes of a config.json
 VALUES_LIMIT = 3_000_000  # values in it: each costs up to 100 bytes once parsed
@@ -93,13 +94,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)')
+_TOKEN = r'"(?:[^"\\]|\\.)*"|(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)'  # compiled only where something is replaced
 
 
 def replaced(text: str, numbers: dict[int, float]) -> str:
     """`text` with the numbers at these positions (Real.at) written anew and every other character kept."""
     parts, done, count = [], 0, 0
-    for token in _TOKEN.finditer(text):
+    for token in re.finditer(_TOKEN, text):
         if token[1] is None:
             continue
         if count in numbers:
@@ -252,6 +253,7 @@ def _is_layer(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class_name"), str) and "config" in value
 
 
+@functools.lru_cache(256)
 def snake(name: str) -> str:
     """The class name as Keras writes it in a weights file: BatchNormalization -> batch_normalization."""
     return _WORD_START.sub("_", re.sub(r"\W", "", name)).lower()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.adapters.keras.config import EPSILON
 from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
 from bnport.layer import Layer, Layers
@@ -13,6 +12,7 @@ from bnport.record import FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from bnport.adapters.keras.config import Node
     from bnport.containers.hdf5 import H5Tensor

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.keras import config
 from bnport.adapters.keras.entry import Contents, Entry
 from bnport.adapters.keras.weights import Store, scan, shards

@@ -7,12 +7,12 @@ model, and nothing is said of the whole graph.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
+from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.layer import Kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from bnport.adapters.keras.config import Node
     from bnport.layer import Layers

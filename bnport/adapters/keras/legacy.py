@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
 
+from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.adapters.keras import config
 from bnport.adapters.keras.entry import Contents, Entry
 from bnport.adapters.keras.weights import checked

@@ -7,8 +7,8 @@ that the layer does not have, then three more with renorm.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.containers.hdf5 import natural
 from bnport.errors import FormatError, InvalidValue, Question, listed, printable
 

@@ -29,13 +29,14 @@ https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.errors import BnportError, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from bnport.adapters.onnx.model import Model
     from bnport.layer import Change

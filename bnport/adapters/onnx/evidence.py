@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.onnx.scope import Known
 from bnport.adapters.onnx.tensors import FLOATS
 from bnport.layer import Kernel

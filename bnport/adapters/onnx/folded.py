@@ -9,8 +9,8 @@ TorchScript exporter gives both tensors of the convolution new names (`onnx::Con
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.onnx.layers import scope_path
 from bnport.errors import listed
 

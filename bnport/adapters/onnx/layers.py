@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.adapters.onnx.evidence import kernel_of
 from bnport.adapters.onnx.scope import Known, Unknown
 from bnport.adapters.onnx.tensors import FLOATS

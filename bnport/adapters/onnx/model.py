@@ -5,8 +5,7 @@ Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
+from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.adapters.onnx.tensors import Stored
 from bnport.containers.files import ReadFile
 from bnport.containers.protobuf import FIXED32, LENGTH, VARINT, Buffer, Numbers, fields, signed, varints

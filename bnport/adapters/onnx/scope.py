@@ -7,9 +7,8 @@ which parameter a value is; the name of an initializer proves nothing (exporters
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.adapters.onnx.tensors import DTYPES, FLOATS
 from bnport.errors import FormatError, printable
 from bnport.rounding import round_to

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
 
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.containers.files import ReadFile
 from bnport.containers.protobuf import LENGTH, Numbers, varints
 from bnport.containers.tensor import ITEM_SIZE, Tensor

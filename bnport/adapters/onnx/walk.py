@@ -5,8 +5,7 @@ A function that is called twice is two places. Along the way it is noted which l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
+from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.adapters.onnx.model import MOST_NODES, Graph
 from bnport.adapters.onnx.scope import Known, Scope
 from bnport.errors import FormatError, printable

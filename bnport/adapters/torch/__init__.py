@@ -28,14 +28,14 @@ Live: any nn.Module or state dict; torch's own, SyncBatchNorm, timm's and Frozen
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.containers.files import ReadFile
 from bnport.errors import BnportError, FormatError, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.layer import Change, Layer

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.tensors import Storage, rebuilt, storage_dtype
 from bnport.containers.pickle import SIZE_LIMIT, Global, Node, Persistent, Truncated, load
 from bnport.containers.tensor import ITEM_SIZE, Tensor

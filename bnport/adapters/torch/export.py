@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
 from bnport.adapters.torch.state import ROOT
@@ -13,6 +12,7 @@ from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from bnport.adapters.torch.tensors import Storage
     from bnport.containers.tensor import Tensor

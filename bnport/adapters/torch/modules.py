@@ -6,8 +6,7 @@ nn.Module keeps everything in three dicts: _modules, _parameters and _buffers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import LAZY, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.search import state_of
 from bnport.adapters.torch.state import ROOT, plain_names
@@ -16,6 +15,7 @@ from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.layer import Kernel, Layer

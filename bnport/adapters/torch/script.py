@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.state import ROOT, plain_names
 from bnport.containers.pickle import Node
@@ -11,6 +10,7 @@ from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.layer import Kernel, Layer

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
+from bnport._lazy import TYPE_CHECKING, NamedTuple, Protocol
 from bnport.containers.pickle import Node
 from bnport.errors import FormatError, NotFound, Question, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from bnport.containers.tensor import Tensor
 
@@ -26,11 +26,9 @@ class Reader(Protocol):
 
     def items(self, value: Any) -> dict[Any, Any] | None:
         """The items of a kind of dict, or None."""
-        ...
 
     def tensor(self, value: Any, name: str) -> Tensor | None:
         """The tensor that a value is, or None."""
-        ...
 
 
 def state_of(value: Any) -> dict[str, Any] | None:

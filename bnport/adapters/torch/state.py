@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
 from bnport.errors import FormatError, printable
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, np
 from bnport.containers.pickle import Global, Node
 from bnport.containers.tensor import ITEM_SIZE, Tensor
 from bnport.errors import FormatError, printable
