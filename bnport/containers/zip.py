@@ -73,17 +73,17 @@ class Member:
         return self._data_offset
 
     def _verified_data_offset(self) -> int:
-        head = self._file.pread(self.header_offset, _LOCAL.size, f"local header of {self.name!r}")
-        signature, _, flags, method, _, _, crc, compressed, size, name_length, extra_length = _LOCAL.unpack(head)
+        name_at, what = self.header_offset + _LOCAL.size, f"local header of {self.name!r}"
+        head = self._file.pread(self.header_offset, _LOCAL.size + len(self._raw_name), what)
+        signature, _, flags, method, _, _, crc, compressed, size, name_length, extra_length = _LOCAL.unpack_from(head)
         if signature != b"PK\x03\x04":
             self._refuse(f"no local header at {self.header_offset}")
-        tail = self._file.pread(
-            self.header_offset + _LOCAL.size, name_length + extra_length, f"local header of {self.name!r}"
-        )
-        if tail[:name_length] != self._raw_name:
-            self._refuse(f"its local header is named {tail[:name_length].decode('utf-8', 'replace')!r}")
+        if name_length != len(self._raw_name) or head[_LOCAL.size :] != self._raw_name:
+            name = self._file.pread(name_at, name_length, what)
+            self._refuse(f"its local header is named {name.decode('utf-8', 'replace')!r}")
         if size == _MAX32 or compressed == _MAX32:
-            wide = _zip64_values(tail[name_length:], (size == _MAX32) + (compressed == _MAX32))
+            extra = self._file.pread(name_at + name_length, extra_length, what)
+            wide = _zip64_values(extra, (size == _MAX32) + (compressed == _MAX32))
             if wide is None:
                 self._refuse("its local header announces 64-bit sizes and has none")
             size = wide.pop(0) if size == _MAX32 else size
@@ -92,7 +92,7 @@ class Member:
         deferred = flags & _DESCRIPTOR and all(a in (0, b) for a, b in zip(there, here, strict=True))
         if method != self.method or flags & _ENCRYPTED or (there != here and not deferred):
             self._refuse("local header and central directory disagree")
-        start: int = self.header_offset + _LOCAL.size + name_length + extra_length
+        start: int = name_at + name_length + extra_length
         if start + self.compressed > self.limit:
             self._refuse("its bytes overlap what follows")
         return start
