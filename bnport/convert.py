@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
 from bnport.containers.files import check_output, replace_file, sha256
+from bnport.containers.in_place import change, check_changeable
 from bnport.engines import engine_of, run_layers
 from bnport.errors import InvalidValue, printable
 from bnport.layer import Change, Layers
@@ -40,6 +41,7 @@ def convert(
     epsilon: float | None = None,
     target_epsilon: float | None = None,
     momentum: str = "keep",
+    in_place: bool = False,
     dry_run: bool = False,
     force: bool = False,
     run: bool | None = None,
@@ -52,6 +54,7 @@ def convert(
     source: a file or a live object of any readable format, or Layers that were read from one.
     target: a file (then the result is the new file `out`; `target` itself is not touched) or a live model, which is
         written in place.
+    in_place: change the file `target` itself instead: bnport.containers.in_place says how it stays old, new or unreadable.
     map: target layer -> source layer, patterns allowed; skip: patterns of layers to leave out, on either side;
         only_under: pair only target layers below this name.
     only: write just these of gamma, beta, mean, variance, epsilon; the target keeps its own for the rest.
@@ -73,12 +76,17 @@ def convert(
     path = path_of(target)
     if path is None and out is not None:
         raise InvalidValue("out: a live target is written in place; leave out away, and save the model yourself")
-    if path is not None and out is None and not dry_run:
-        raise InvalidValue("out: name the file to make; the target file itself is never changed")
-    destination = None if out is None else os.fspath(out)
+    if path is not None and out is None and not (dry_run or in_place):
+        raise InvalidValue("out: name the file to make; the target file itself is not changed without in_place")
+    if in_place and (path is None or out is not None):
+        raise InvalidValue("in_place: is for a target that is a file, without out")
+    destination = path if in_place else None if out is None else os.fspath(out)
     inputs = [p for p in (path_of(source), path) if p is not None]
     if destination is not None and not dry_run:
-        check_output(destination, force=force, inputs=inputs)
+        if in_place:
+            check_changeable(destination, inputs[:-1])
+        else:
+            check_output(destination, force=force, inputs=inputs)
 
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_some(target, epsilon=target_epsilon, **(target_options or {}))
@@ -108,8 +116,9 @@ def convert(
         if not result.ok:
             adapter.apply(target, _as_they_were(targets, changes))
         return result
-    if not hasattr(adapter, "write"):
-        raise InvalidValue(f"{printable(path)}: bnport reads {targets.format} files but does not write them")
+    if not hasattr(adapter, "patches" if in_place else "write"):
+        what = "change them in place" if in_place else "write them"
+        raise InvalidValue(f"{printable(path)}: bnport reads {targets.format} files but does not {what}")
     assert destination is not None
     results: list[Report] = []
 
@@ -120,14 +129,18 @@ def convert(
         if not results[0].ok:
             raise _NotTheSame
 
-    known = adapter.write.__kwdefaults__ or {}
+    known = (adapter.patches if in_place else adapter.write).__kwdefaults__ or {}
     writing = {name: value for name, value in (target_options or {}).items() if name in known}
 
     def build(new: str) -> None:
         adapter.write(path, changes, new, **writing)
 
     with contextlib.suppress(_NotTheSame):
-        replace_file(destination, build, check, force=force, inputs=inputs)
+        if in_place:
+            report.targets = _frozen(targets)
+            change(path, adapter.patches(path, changes, **writing), lambda: check(path))
+        else:
+            replace_file(destination, build, check, force=force, inputs=inputs)
     return results[0]
 
 

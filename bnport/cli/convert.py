@@ -18,7 +18,7 @@ EPILOG = """examples:
   bnport convert model.onnx model.weights.h5 -o ported.weights.h5 --dry-run
   bnport convert model.pth records.safetensors        (the neutral record file, to convert from later)
 
-SRC and TARGET are never changed. OUT appears whole and verified, or not at all."""
+SRC and TARGET are not changed (TARGET only with --in-place). OUT appears whole and verified, or not at all."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--momentum", choices=("keep", "port"), default="keep", help="keep the target's momentum (default), or port it"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be written; write nothing")
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="change TARGET itself, without a copy; if bnport is killed meanwhile, 'bnport restore TARGET' puts it back",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--run", action="store_true", help="also run the real layers in their frameworks")
     parser.add_argument(
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         only=common.name_list(args.only) if args.only is not None else None,
         epsilon=args.epsilon,
         momentum=args.momentum,
+        in_place=args.in_place,
         dry_run=args.dry_run,
         force=args.force,
         run=args.run,
@@ -83,8 +89,8 @@ def _calibrated(args: argparse.Namespace) -> int:
     from bnport.cli import calibrate
     from bnport.errors import InvalidValue
 
-    if args.only is not None or args.dry_run:
-        raise InvalidValue("--calibrate goes with neither --only nor --dry-run")
+    if args.only is not None or args.dry_run or args.in_place:
+        raise InvalidValue("--calibrate goes with none of --only, --dry-run and --in-place")
     parser = argparse.ArgumentParser(prog="bnport convert --calibrate-options", add_help=False)
     calibrate.configure(parser)
     words = shlex.split(args.calibrate_options)

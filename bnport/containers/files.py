@@ -183,7 +183,7 @@ def replace_file(
     temporary = _create_beside(folder, name, mode)
     try:
         build(temporary)
-        _flush(temporary)
+        flush(temporary)
         if check is not None:
             check(temporary)
         check_output(out, force=force, inputs=inputs)  # nobody may have put something there meanwhile
@@ -195,7 +195,7 @@ def replace_file(
             raise OutputError(f"{printable(out)}: {error.strerror or error}; nothing was written") from error
         raise
     try:
-        _flush(folder)
+        flush(folder)
     except OSError as error:
         raise OutputError(
             f"{printable(out)}: is written, but its folder cannot be flushed to disk ({error.strerror or error}); after a"
@@ -216,7 +216,8 @@ def _create_beside(folder: str, name: str, mode: int) -> str:
     return temporary
 
 
-def _flush(path: str) -> None:
+def flush(path: str) -> None:
+    """Have the system write a file's, or a folder's, contents to disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,10 +6,8 @@ starting with "{", then one buffer that the tensors' `data_offsets` must cover w
 
 from __future__ import annotations
 
-import os
-
 from bnport._lazy import TYPE_CHECKING, NamedTuple
-from bnport.containers.files import ReadFile, copy_contents
+from bnport.containers.files import ReadFile
 from bnport.containers.tensor import ITEM_SIZE, Tensor
 from bnport.errors import FormatError, InvalidValue, NotFound, printable
 
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+    from bnport.containers.patch import Patch
     from bnport.record import Array
 
 # The reference library stops at 100 MB; nested JSON grows thirtyfold in memory, and 10 MB describe 100 000 tensors.
@@ -90,34 +89,23 @@ def write_safetensors(path: str, arrays: Mapping[str, Array], metadata: Mapping[
             out.write(little.tobytes())
 
 
-def patch_safetensors(source: str, changes: Mapping[str, bytes], out: str) -> None:
-    """Fill the file `out` with a copy of `source` in which some tensors have other bytes; dtypes and shapes stay.
+def tensor_patches(source: str, changes: Mapping[str, bytes]) -> list[Patch]:
+    """Where new bytes of some tensors of the file lie; dtypes and shapes stay.
 
     Raises NotFound for a name that is not there, InvalidValue for another number of bytes.
     """
-    file = ReadFile(source)
-    places, _ = _header(file)
+    from bnport.containers.patch import Patch
+
+    places, _ = _header(ReadFile(source))
+    patches = []
     for name, data in changes.items():
         if name not in places:
             raise NotFound(f"{printable(source)}: no tensor {printable(name)}")
-        if len(data) != places[name].end - places[name].begin:
-            place = places[name]
+        place = places[name]
+        if len(data) != place.end - place.begin:
             raise InvalidValue(f"{printable(name)}: {place.end - place.begin} bytes expected, {len(data)} given")
-    descriptor = os.open(out, os.O_RDWR)
-    try:
-        os.ftruncate(descriptor, 0)
-        copy_contents(source, descriptor)
-        for name, data in changes.items():
-            _pwrite(descriptor, data, places[name].begin)
-    finally:
-        os.close(descriptor)
-
-
-def _pwrite(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(descriptor, view, offset)
-        view, offset = view[done:], offset + done
+        patches.append(Patch(place.begin, data))
+    return patches
 
 
 def _tensor(file: ReadFile, name: str, place: _Place) -> Tensor:

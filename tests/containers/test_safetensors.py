@@ -12,11 +12,13 @@ import pytest
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from bnport.containers.files import ReadFile
+from bnport.containers.patch import copy_patched
 from bnport.containers.safetensors import (
     LARGEST_HEADER,
     is_safetensors,
     open_safetensors,
-    patch_safetensors,
+    tensor_patches,
     write_safetensors,
 )
 from bnport.errors import FormatError, InvalidValue, NotFound
@@ -92,15 +94,15 @@ def test_a_patch_changes_exactly_the_named_tensors(tmp_path):
     before = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "b.safetensors").touch()
     new = np.float32([[9, 8], [7, 6], [5, 4]])
-    patch_safetensors(source, {"a.float32": new.tobytes()}, out)
+    copy_patched(ReadFile(source), out, tensor_patches(source, {"a.float32": new.tobytes()}))
     expected = {**arrays, "a.float32": new}
     for name, array in safetensors.numpy.load_file(out).items():
         assert array.tobytes() == expected[name].tobytes()
     assert (tmp_path / "a.safetensors").read_bytes() == before
     with pytest.raises(NotFound, match=r"no tensor nix"):
-        patch_safetensors(source, {"nix": b""}, out)
+        tensor_patches(source, {"nix": b""})
     with pytest.raises(InvalidValue, match=r"a\.float32: 24 bytes expected, 4 given"):
-        patch_safetensors(source, {"a.float32": b"1234"}, out)
+        tensor_patches(source, {"a.float32": b"1234"})
 
 
 def test_float8_tensors_do_not_hide_the_others_and_are_refused_when_read(tmp_path):

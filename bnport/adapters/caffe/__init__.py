@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from bnport.adapters.caffe.net import Net
     from bnport.adapters.caffe.values import Choices
+    from bnport.containers.patch import Patch
     from bnport.layer import Change
     from bnport.record import Array
 
@@ -98,6 +99,21 @@ def write(
     from bnport.adapters.caffe.patch import patched
 
     patched(opened(target, prototxt), choices(stat, blob_order, allow_untrained), changes, out)
+
+
+def patches(
+    target: str,
+    changes: Mapping[str, Change],
+    *,
+    prototxt: str | None = None,
+    stat: str | None = None,
+    blob_order: str | None = None,
+    allow_untrained: bool | str | None = None,
+) -> list[Patch]:
+    """The changes as bytes at offsets of the caffemodel, which keeps its length. Options as for read."""
+    from bnport.adapters.caffe.patch import file_patches
+
+    return file_patches(opened(target, prototxt), choices(stat, blob_order, allow_untrained), changes)
 
 
 def run(

@@ -7,12 +7,12 @@ round twice.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from bnport._lazy import np
 from bnport.adapters.caffe.norm import held_layers
-from bnport.containers.files import copy_contents
+from bnport.containers.files import ReadFile
+from bnport.containers.patch import Patch, copy_patched
 from bnport.containers.tensor import ITEM_SIZE
 from bnport.errors import NotFound, Unrepresentable, listed, printable
 
@@ -29,7 +29,12 @@ _WRITABLE = frozenset(("gamma", "beta", "mean", "variance"))
 
 
 def patched(net: Net, choices: Choices, changes: Mapping[str, Change], out: str) -> None:
-    """Fill `out` with the net's file, the changes made. Everything is checked before the first byte is written."""
+    """Fill the empty file `out` with the net's file, the changes made. Everything is checked before a byte is written."""
+    copy_patched(ReadFile(net.path), out, file_patches(net, choices, changes))
+
+
+def file_patches(net: Net, choices: Choices, changes: Mapping[str, Change]) -> list[Patch]:
+    """The changes as bytes at offsets of the net's file."""
     layers = {held.name: (held, layer) for held, layer in held_layers(net, choices)[0]}
     unknown = [name for name in changes if name not in layers]
     if unknown:
@@ -47,16 +52,7 @@ def patched(net: Net, choices: Choices, changes: Mapping[str, Change], out: str)
                     f"{printable(net.path)}: {printable(name, 80)}: its {what} is shared with a record that is changed;"
                     " change them together"
                 )
-    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        copy_contents(net.path, descriptor)
-        for offset, data in sorted(writes.items()):
-            view = memoryview(data)
-            while view:
-                written = os.pwrite(descriptor, view, offset)
-                offset, view = offset + written, view[written:]
-    finally:
-        os.close(descriptor)
+    return [Patch(offset, data) for offset, data in sorted(writes.items())]
 
 
 def _planned(net: Net, held: Held, layer: Layer, change: Change) -> list[tuple[Blob, Array, str]]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from bnport.adapters.keras.entry import Contents
+    from bnport.containers.patch import Patch
     from bnport.layer import Change, Layers
 
 SUFFIXES = (".keras", ".h5", ".hdf5", ".json")
@@ -93,6 +94,18 @@ def write(
     from bnport.adapters.keras.writing import write as write_file
 
     write_file(contents(target, absent=absent, stat=stat), changes, out)
+
+
+def patches(
+    target: str, changes: Mapping[str, Change], *, absent: str | None = None, stat: str | None = None
+) -> list[Patch]:
+    """The changes as bytes at offsets of the file `target`, which keeps its length; InvalidValue where they are more.
+
+    A `.keras` gets its epsilons into the config.json that is there, followed by blanks where they are shorter.
+    """
+    from bnport.adapters.keras.writing import patches as patches_of
+
+    return patches_of(contents(target, absent=absent, stat=stat), changes)
 
 
 def apply(model: Any, changes: Mapping[str, Change]) -> None:

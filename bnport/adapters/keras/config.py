@@ -97,14 +97,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _TOKEN = r'"(?:[^"\\]|\\.)*"|(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)'  # compiled only where something is replaced
 
 
-def replaced(text: str, numbers: dict[int, float]) -> str:
-    """`text` with the numbers at these positions (Real.at) written anew and every other character kept."""
+def replaced(text: str, numbers: dict[int, float], *, same_length: bool = False) -> str:
+    """`text` with the numbers at these positions (Real.at) written anew and every other character kept.
+
+    same_length: a shorter number is followed by blanks, so that all else stays where it is; one that is longer, also when
+    written with a short exponent (1e-5 for 1e-05), makes the text longer all the same.
+    """
     parts, done, count = [], 0, 0
     for token in re.finditer(_TOKEN, text):
         if token[1] is None:
             continue
         if count in numbers:
-            parts += [text[done : token.start()], repr(float(numbers[count]))]
+            new, room = repr(float(numbers[count])), len(token[1]) if same_length else 0
+            if room and len(new) > room:
+                new = re.sub(r"e([-+])0(?=\d)", r"e\1", new)
+            parts += [text[done : token.start()], new.ljust(room)]
             done = token.end()
         count += 1
     return "".join([*parts, text[done:]])

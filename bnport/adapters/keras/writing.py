@@ -34,9 +34,7 @@ class _Plan:
 
 def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
     """Fill the new empty file `out` with a copy of the contents' file and the changes."""
-    plan = _Plan()
-    for name, change in changes.items():
-        _add(plan, contents, contents.entry(name), change)
+    plan = _planned(contents, changes)
     if contents.kind == "keras":
         _write_archive(contents, plan, out)
     elif contents.kind == "shards":
@@ -45,6 +43,47 @@ def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
         )
     else:
         _write_hdf5(contents, plan, out)
+
+
+def patches(contents: Contents, changes: Mapping[str, Change]) -> list[Patch]:
+    """The changes as bytes at offsets of the contents' file, which keeps its length; InvalidValue if they are more."""
+    plan = _planned(contents, changes)
+    shown = printable(contents.path)
+    found = _patches(plan) if contents.kind != "shards" else None
+    if found is None or (plan.settings and contents.kind != "keras"):
+        what = (
+            "its arrays are compressed, in shards or in headers" if found is None else "epsilon is inside an attribute"
+        )
+        raise InvalidValue(f"{shown}: cannot be changed in place ({what}); make a new file (-o)")
+    if contents.kind != "keras":
+        return found
+    from bnport.adapters.keras.archive import CONFIG, WEIGHTS
+
+    archive = contents.extra["archive"]
+    if found:
+        member = archive.member(WEIGHTS)
+        if member.method != STORED:
+            raise InvalidValue(
+                f"{shown}: cannot be changed in place (its weights are compressed); make a new file (-o)"
+            )
+        found += crc_patches(archive, member, found)
+    if plan.settings:
+        member = archive.member(CONFIG)
+        text = _new_config(contents.extra["text"], plan, f"{shown}: {CONFIG}", same_length=True).encode("utf-8")
+        if member.method != STORED or len(text) != member.size:
+            raise InvalidValue(
+                f"{shown}: cannot be changed in place (no room for epsilon in {CONFIG}); make a new file (-o)"
+            )
+        inside = [Patch(member.data_offset, text)]
+        found += inside + crc_patches(archive, member, inside)
+    return joined(found)
+
+
+def _planned(contents: Contents, changes: Mapping[str, Change]) -> _Plan:
+    plan = _Plan()
+    for name, change in changes.items():
+        _add(plan, contents, contents.entry(name), change)
+    return plan
 
 
 def _add(plan: _Plan, contents: Contents, entry: Entry, change: Change) -> None:
@@ -97,8 +136,8 @@ def _patches(plan: _Plan) -> list[Patch] | None:
     return joined(patches)
 
 
-def _new_config(text: bytes | str, plan: _Plan, where: str) -> str:
-    """The config's text with the new epsilons and momenta, every other character kept."""
+def _new_config(text: bytes | str, plan: _Plan, where: str, *, same_length: bool = False) -> str:
+    """The config's text with the new epsilons and momenta, every other character kept (and its place, if that is asked)."""
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     numbers: dict[int, float] = {}
@@ -108,7 +147,7 @@ def _new_config(text: bytes | str, plan: _Plan, where: str) -> str:
             if not isinstance(old, config.Real | config.Whole):
                 raise FormatError(f"{where}: {printable(node.path)}: {key} is not a number")
             numbers[old.at] = value
-    return config.replaced(text, numbers)
+    return config.replaced(text, numbers, same_length=same_length)
 
 
 def _write_archive(contents: Contents, plan: _Plan, out: str) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
+    from bnport.containers.patch import Patch
     from bnport.layer import Change, Layer
 
 SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".tar", ".jit", ".safetensors")
@@ -193,6 +194,15 @@ def write(
     from bnport.adapters.torch.writing import write_file
 
     write_file(target, read(target, key=key, inplace_abn=inplace_abn), changes, out)
+
+
+def patches(
+    target: str, changes: Mapping[str, Change], *, key: str | None = None, inplace_abn: bool | None = None
+) -> list[Patch]:
+    """The changes as bytes at offsets of the file `target`, which keeps its length. Raises as `write` does."""
+    from bnport.adapters.torch.writing import file_patches
+
+    return file_patches(target, read(target, key=key, inplace_abn=inplace_abn), changes)
 
 
 def apply(model: Any, changes: Mapping[str, Change], *, inplace_abn: bool | None = None) -> None:

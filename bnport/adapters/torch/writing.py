@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
 def write_file(target: str, layers: Layers, changes: Mapping[str, Change], out: str) -> None:
     """Fill the empty file `out` with `target` and the changes; `layers` are those read from `target`."""
-    from bnport.containers.safetensors import is_safetensors, patch_safetensors
+    copy_patched(ReadFile(target), out, file_patches(target, layers, changes))
+
+
+def file_patches(target: str, layers: Layers, changes: Mapping[str, Change]) -> list[Patch]:
+    """The changes as bytes at offsets of the file `target`; `layers` are those read from it."""
+    from bnport.containers.safetensors import is_safetensors, tensor_patches
 
     new = list(_encoded(layers, changes))
     file = ReadFile(target)
     if is_safetensors(file.pread(0, min(16, file.size))):
-        patch_safetensors(target, {tensor.name: data for _, tensor, data in new}, out)
-        return
+        return tensor_patches(target, {tensor.name: data for _, tensor, data in new})
     patches: dict[str, dict[int, Patch]] = {}  # by archive member ("" in a file without members), then by offset
     for shown, tensor, data in new:
         if not isinstance(tensor, PlacedTensor):
@@ -46,7 +50,7 @@ def write_file(target: str, layers: Layers, changes: Mapping[str, Change], out: 
         if archive.checksums:
             for name, inside in patches.items():
                 everything += crc_patches(archive, archive.member(name), inside.values())
-    copy_patched(file, out, everything)
+    return everything
 
 
 def _encoded(layers: Layers, changes: Mapping[str, Change]) -> Iterator[tuple[str, Tensor, bytes]]:

@@ -1,0 +1,265 @@
+"""Bytes of a file replaced where they lie, so that whatever happens the file is the old one, the new one, or unreadable.
+
+Only for a caller who asked for the file itself to be changed; everything else makes a copy (files.replace_file).
+
+    1. the old bytes of every place go into FILE.bnport-undo, flushed to disk with its folder
+    2. the places by which readers know the file (signatures, the zip end record) are overwritten, and flushed:
+       from here on nothing opens it, neither Keras nor torch nor bnport, which names the remedy
+    3. the new bytes are written and flushed
+    4. the signatures are put back and flushed; the file is checked; the undo file is removed
+
+An error at any step puts the old bytes back at once. After a kill or a power cut `restore` does (bnport restore FILE).
+
+The undo file: MAGIC, sha256 of all that follows (32 bytes), the length of the header (8 bytes, little-endian), the header
+(JSON: the file's size, what step 2 writes where, [offset, length] of every piece), the old bytes one after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from bnport.containers.files import ReadFile, flush
+from bnport.containers.patch import Patch, joined, write_at
+from bnport.errors import FormatError, NotFound, OutputError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+UNDO = ".bnport-undo"
+SEAL = (
+    b"\xff\xffbnport: stopped"  # no format begins like this; as a protobuf field, a length or an opcode it is an error
+)
+MAGIC = b"bnport undo 1\n"
+_LARGEST_UNDO = 256 << 20  # BatchNorm parameters are a few MB
+_TAIL = 22 + 0xFFFF  # the zip end record and the longest comment
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+def is_sealed(head: bytes) -> bool:
+    """Whether a file that begins like this was left by an interrupted change in place."""
+    return head.startswith(SEAL)
+
+
+def check_changeable(path: str, inputs: Iterable[str] = ()) -> None:
+    """Refuse a file that must not be changed in place: a link, one with other names, one of `inputs`, one left half-done."""
+    shown = printable(path)
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OutputError(f"{shown}: is not a regular file (a link?); name the file itself")
+    if status.st_nlink > 1:
+        raise OutputError(
+            f"{shown}: has {status.st_nlink - 1} other names (hard links), whose contents would change too; make a new"
+            " file (-o)"
+        )
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"{shown}: cannot be written to")
+    for other in inputs:
+        if os.path.samestat(os.stat(other), status):
+            raise OutputError(f"{shown}: is the source itself")
+    if os.path.lexists(path + UNDO):
+        raise OutputError(
+            f"{printable(path + UNDO)}: is there, so an earlier change in place was interrupted; 'bnport restore {shown}'"
+            " puts the old contents back"
+        )
+
+
+def change(path: str, patches: Iterable[Patch], check: Callable[[], None]) -> None:
+    """Write the patches into the file at `path`; `check` re-reads it, and if it raises the old bytes are put back.
+
+    Raises OutputError for what check_changeable refuses and for I/O errors; what `check` raises passes through. The old
+    bytes are back in the file then; if even that fails, the message says how to put them back later.
+    """
+    check_changeable(path)
+    file = ReadFile(path)
+    places = joined(patches)
+    _fits(places, file)
+    seals = _seals(file)
+    undo = _Undo.of(file, seals, places)
+    try:
+        undo.save(path + UNDO)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path + UNDO)
+        if isinstance(error, OSError):
+            raise OutputError(f"{printable(path)}: {error.strerror or error}; nothing was changed") from error
+        raise
+    try:
+        _write(path, file.size, seals, places)
+        check()
+    except BaseException as error:
+        _put_back(path, undo)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(f"{printable(path)}: {error.strerror or error}; its old contents are back") from error
+        raise
+    try:
+        _gone(path + UNDO)
+    except OSError as error:
+        raise OutputError(
+            f"{printable(path)}: is changed and checked, but {printable(path + UNDO)} cannot be removed"
+            f" ({error.strerror or error}); remove it yourself"
+        ) from error
+
+
+def restore(path: str) -> str:
+    """Put back the contents that a file had before a change in place was interrupted; says what was done.
+
+    Raises NotFound without an undo file, FormatError for one that is damaged or another file's; nothing is written then.
+    """
+    shown = printable(path)
+    try:
+        undo = _Undo.load(path + UNDO)
+    except FileNotFoundError:
+        raise NotFound(
+            f"{shown}: there is no {printable(os.path.basename(path) + UNDO)}, so nothing to put back"
+        ) from None
+    file = ReadFile(path)
+    if undo is None:  # stopped while it was written, which is before the file is touched
+        if is_sealed(file.pread(0, min(len(SEAL), file.size))):
+            raise FormatError(f"{printable(path + UNDO)}: damaged; the old contents cannot be put back")
+        _gone(path + UNDO)
+        return f"{shown}: had not been changed yet"
+    if undo.size != file.size:
+        raise FormatError(f"{printable(path + UNDO)}: is of a file of {undo.size} bytes, {shown} has {file.size}")
+    _put_back(path, undo)
+    return f"{shown}: the old contents are back ({sum(len(p.data) for p in undo.pieces)} bytes)"
+
+
+class _Undo(NamedTuple):
+    """What a file of `size` bytes held: all pieces that change, and which of them make it unreadable."""
+
+    size: int
+    seals: list[Patch]  # the overwritten contents, not the old ones
+    pieces: list[Patch]
+
+    @classmethod
+    def of(cls, file: ReadFile, seals: list[Patch], places: list[Patch]) -> _Undo:
+        wanted = [(p.offset, len(p.data)) for p in (*seals, *places)]
+        return cls(file.size, seals, [Patch(at, file.pread(at, length)) for at, length in wanted])
+
+    def save(self, path: str) -> None:
+        import hashlib
+        import json
+
+        header = json.dumps(
+            {
+                "size": self.size,
+                "seals": [[seal.offset, seal.data.hex()] for seal in self.seals],
+                "pieces": [[piece.offset, len(piece.data)] for piece in self.pieces],
+            }
+        ).encode()
+        body = len(header).to_bytes(8, "little") + header + b"".join(piece.data for piece in self.pieces)
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            write_at(descriptor, 0, MAGIC + hashlib.sha256(body).digest() + body)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        flush(os.path.dirname(os.path.abspath(path)))
+
+    @classmethod
+    def load(cls, path: str) -> _Undo | None:
+        """The undo file, or None if it is not complete. FileNotFoundError without one."""
+        import hashlib
+        import json
+
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise FormatError(f"{printable(path)}: is not a regular file")
+        data = _contents(path)
+        body = data[len(MAGIC) + 32 :]
+        if not data.startswith(MAGIC) or hashlib.sha256(body).digest() != data[len(MAGIC) : len(MAGIC) + 32]:
+            return None
+        at = 8 + int.from_bytes(body[:8], "little")
+        try:
+            header = json.loads(body[8:at])
+            size, pieces = int(header["size"]), []
+            seals = [Patch(int(offset), bytes.fromhex(data)) for offset, data in header["seals"]]
+            for offset, count in header["pieces"]:
+                pieces.append(Patch(int(offset), body[at : at + int(count)]))
+                at += int(count)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise FormatError(f"{printable(path)}: is not an undo file of this version") from None
+        inside = all(0 <= p.offset <= size - len(p.data) for p in (*seals, *pieces))
+        if at != len(body) or not inside:
+            raise FormatError(f"{printable(path)}: is not an undo file of this version")
+        return cls(size, seals, pieces)
+
+
+def _contents(path: str) -> bytes:
+    file = ReadFile(path)
+    if file.size > _LARGEST_UNDO:
+        raise FormatError(f"{printable(path)}: {file.size} bytes are too many for an undo file")
+    return file.pread(0, file.size)
+
+
+def _seals(file: ReadFile) -> list[Patch]:
+    """What is written over the places by which the file is known: its beginning, HDF5's signature, the zip end record."""
+    if file.size < len(SEAL):
+        raise FormatError(f"{printable(file.path)}: too short to be a model")
+    seals = [Patch(0, SEAL)]
+    at = 512  # HDF5 behind a user block
+    while at + len(_HDF5) <= file.size and at <= 1 << 40:
+        if file.pread(at, len(_HDF5)) == _HDF5:
+            seals.append(Patch(at, b"\xff" * len(_HDF5)))
+        at *= 2
+    if file.pread(0, 4) == b"PK\x03\x04":
+        start = max(len(SEAL), file.size - _TAIL)
+        tail = file.pread(start, file.size - start)
+        found = tail.find(b"PK\x05\x06")
+        while found >= 0:
+            seals.append(Patch(start + found, b"\xff" * 4))
+            found = tail.find(b"PK\x05\x06", found + 4)
+    return seals
+
+
+def _fits(places: list[Patch], file: ReadFile) -> None:
+    end = 0
+    for place in places:
+        if place.offset < end or place.offset + len(place.data) > file.size:
+            raise ValueError("patches overlap or reach beyond the file")
+        end = place.offset + len(place.data)
+
+
+def _overlaid(patch: Patch, others: Iterable[Patch]) -> Patch:
+    """The patch with the bytes of the others where they lie on it."""
+    data, start = bytearray(patch.data), patch.offset
+    for other in others:
+        first, last = max(other.offset, start), min(other.offset + len(other.data), start + len(data))
+        if first < last:
+            data[first - start : last - start] = other.data[first - other.offset : last - other.offset]
+    return Patch(start, bytes(data))
+
+
+def _write(path: str, size: int, seals: list[Patch], places: list[Patch]) -> None:
+    """Steps 2 to 4 of the module's list: what is under the seals is written last."""
+    file = ReadFile(path)
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        if not os.path.samestat(os.fstat(descriptor), os.fstat(file.fileno())) or file.size != size:
+            raise OutputError(f"{printable(path)}: somebody else changed it meanwhile")
+        ends = [_overlaid(Patch(s.offset, file.pread(s.offset, len(s.data))), places) for s in seals]
+        for step in (seals, [_overlaid(place, seals) for place in places], ends[:0:-1], ends[:1]):
+            for patch in step:
+                write_at(descriptor, patch.offset, patch.data)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_back(path: str, undo: _Undo) -> None:
+    try:
+        _write(path, undo.size, undo.seals, undo.pieces)
+    except OSError as error:
+        raise OutputError(
+            f"{printable(path)}: its old contents cannot be put back ({error.strerror or error}); they are in"
+            f" {printable(path + UNDO)}: 'bnport restore {printable(path)}' tries again"
+        ) from error
+    _gone(path + UNDO)
+
+
+def _gone(path: str) -> None:
+    os.unlink(path)
+    flush(os.path.dirname(os.path.abspath(path)))
