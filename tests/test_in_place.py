@@ -11,6 +11,7 @@ import zipfile
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 import torch
@@ -285,6 +286,27 @@ def test_caffe_files_are_changed_in_place_as_a_copy_would_be(tmp_path):
     assert bnport.convert(doubled, path, copy, skip=others).ok
     assert bnport.convert(doubled, path, in_place=True, skip=others).ok
     assert contents(path) == contents(copy)
+
+
+def test_onnx_files_are_changed_in_place_as_a_copy_would_be(tmp_path):
+    path, copy = str(tmp_path / "net.onnx"), str(tmp_path / "copy.onnx")
+    put(path, contents(os.path.join(ROOT, "fixtures", "onnx", "torch-kept.onnx")))
+    old = bnport.read(path)
+    doubled = bnport.Layers(
+        (
+            layer.but(epsilon=2e-3, load=lambda r=layer.record: {f: getattr(r, f) * np.float32(2) for f in FIELDS})
+            for layer in old.values()
+        ),
+        source="made",
+        format="made",
+    )
+    shares = list(old)[2]  # its gamma and beta are one constant each, for several readers
+    assert bnport.convert(doubled, path, copy, skip=[shares]).ok
+    assert bnport.convert(doubled, path, in_place=True, skip=[shares]).ok
+    assert contents(path) == contents(copy)
+    onnx.checker.check_model(path)
+    with pytest.raises(InvalidValue, match="make it longer"):
+        bnport.convert(doubled, path, in_place=True)
 
 
 # ---- what is refused

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from bnport.adapters.onnx.model import Model
+    from bnport.containers.patch import Patch
     from bnport.layer import Change
     from bnport.record import Array
 
@@ -102,6 +103,13 @@ def write(target: str, changes: Mapping[str, Change], out: str) -> None:
     from bnport.adapters.onnx.writing import write_file
 
     write_file(target, changes, out)
+
+
+def patches(target: str, changes: Mapping[str, Change]) -> list[Patch]:
+    """The changes as bytes at offsets of the model file, which keeps its length; InvalidValue where that cannot be."""
+    from bnport.adapters.onnx.writing import file_patches
+
+    return file_patches(target, changes)
 
 
 def apply(model: Any, changes: Mapping[str, Change], *, folder: str | None = None) -> None:

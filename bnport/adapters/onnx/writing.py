@@ -10,6 +10,7 @@ from bnport._lazy import np
 from bnport.adapters.onnx import layers, model, walk
 from bnport.adapters.onnx.scope import Known
 from bnport.adapters.onnx.tensors import DTYPES, EXTERNAL, packed
+from bnport.containers.patch import Patch
 from bnport.containers.protobuf import Buffer, Edit, encoded, extents, field_start, splice, spliced
 from bnport.containers.tensor import Tensor
 from bnport.errors import InvalidValue, NotFound, OutputError, listed, printable
@@ -34,6 +35,17 @@ def write_file(target: str, changes: Mapping[str, Change], out: str) -> None:
     edits = _Plan(opened).edits(changes)
     _external_data_comes_along(opened, target, out)
     splice(opened.buffer, edits, out)
+
+
+def file_patches(target: str, changes: Mapping[str, Change]) -> list[Patch]:
+    """The changes as bytes at offsets of the model file; InvalidValue where it would have to become longer."""
+    edits = _Plan(model.of_file(target)).edits(changes)
+    if any(len(edit.data) != edit.end - edit.start for edit in edits):
+        raise InvalidValue(
+            f"{printable(target)}: cannot be changed in place (tensors that are shared or external, or an attribute that is"
+            " not there yet, make it longer); make a new file (-o)"
+        )
+    return [Patch(edit.start, edit.data) for edit in edits]
 
 
 def write_live(proto: Any, changes: Mapping[str, Change], folder: str | None) -> None:
