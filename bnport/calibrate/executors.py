@@ -31,7 +31,7 @@ from bnport.errors import InvalidValue, MissingDependency, WorkerLost, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures import Future
     from typing import Any
 
     Progress = Callable[[int, int, str], None]
@@ -42,6 +42,7 @@ Result = TypeVar("Result")
 ENGINES = ("local", "serial", "dask", "ray")
 RETRIES = 3
 AHEAD = 4  # blocks handed out per worker before the first of them is back: nobody waits for the next one
+QUEUED = 2  # of these, blocks that a local process has: one that it is at, one to go on with
 
 
 def map_blocks(
@@ -102,78 +103,146 @@ def _reported(results: Iterator[Result], total: int, progress: Progress) -> Iter
 # This machine.
 
 
+class Process:
+    """A spawned process that does one block after the other, and is replaced when it dies. It starts at the first block."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        # spawn: a forked child of a process with threads (BLAS, TensorFlow, a notebook) may hang
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
+
+    def submit(self, function: Callable[[Any], Any], block: Any) -> Future[Any]:
+        """The future of function(block); BrokenProcessPool is its exception if the process dies before it is done."""
+        from concurrent.futures.process import BrokenProcessPool
+
+        try:
+            return self._pool.submit(function, block)
+        except BrokenProcessPool:
+            self.close()
+            self._start()
+            return self._pool.submit(function, block)
+
+    def close(self) -> None:
+        """Wait for the block that is being done; drop the others; end the process."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """In a worker: a thread that ends the process when its parent is gone, killed too; it would wait for work for ever."""
+    import multiprocessing
+    import threading
+
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _local(
     function: Callable[[Block], Result], blocks: Iterator[Block], workers: int, retries: int
 ) -> Iterator[Result]:
-    """A spawn pool; after BrokenProcessPool a new one, which gets the blocks that have no result yet."""
-    from concurrent.futures.process import BrokenProcessPool
+    """One spawned process per worker, each with a block that it is at and one to go on with."""
+    from concurrent.futures import FIRST_COMPLETED, wait
 
-    pool = _pool(workers)
-    waiting: deque[_Pending] = deque()
+    teams = [_Worker(function) for _ in range(workers)]
+    window: deque[_Pending] = deque()  # handed out and not yielded yet, in order
+    todo: deque[_Pending] = deque()  # of these, the ones that no worker has
     numbered = enumerate(blocks)
     try:
         while True:
-            for number, block in itertools.islice(numbered, AHEAD * workers - len(waiting)):
-                waiting.append(_Pending(number, block))
-            if not waiting:
+            for number, block in itertools.islice(numbered, AHEAD * workers - len(window)):
+                window.append(_Pending(number, block))
+                todo.append(window[-1])
+            if not window:
                 return
-            try:
-                for pending in waiting:
-                    if pending.future is None:
-                        pending.future = pool.submit(function, pending.block)
-                result: Result = waiting[0].future.result()  # type: ignore[union-attr]
-            except BrokenProcessPool:
-                pool.shutdown(wait=True, cancel_futures=True)
-                _forget_lost(waiting, retries)
-                pool = _pool(workers)
+            while todo and len((idle := min(teams, key=_Worker.load)).queue) < QUEUED:
+                idle.give(todo.popleft())
+            head = window[0]
+            if head.done:
+                window.popleft()
+                assert head.future is not None
+                result: Result = head.future.result()
+                yield result
                 continue
-            waiting.popleft()
-            yield result
+            wait(
+                [pending.future for team in teams for pending in team.queue if pending.future],
+                return_when=FIRST_COMPLETED,
+            )
+            for team in teams:
+                lost = team.collect()
+                if not lost:
+                    continue
+                _blame(lost[0], retries)
+                # a worker that lives has its imports and its model, a new one has not
+                min((other for other in teams if other is not team), key=_Worker.load, default=team).give(lost[0])
+                todo.extendleft(reversed(lost[1:]))
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for team in teams:
+            team.process.close()
 
 
 class _Pending:
     """A block that was handed out: its number, the block, the future of its result, and how often it was lost."""
 
-    __slots__ = ("block", "future", "lost", "number")
+    __slots__ = ("block", "done", "future", "lost", "number")
 
     def __init__(self, number: int, block: Any) -> None:
         self.number, self.block = number, block
         self.future: Future[Any] | None = None
+        self.done = False
         self.lost = 0
 
 
-def single_pool() -> ProcessPoolExecutor:
-    """A spawned process of its own, behind concurrent.futures."""
-    return _pool(1)
+class _Worker:
+    """A process and the blocks that it was given, in order."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function, self.process = function, Process()
+        self.queue: deque[_Pending] = deque()
+        self.cold = False  # started after a death, and nothing done yet
+
+    def load(self) -> tuple[int, bool]:
+        """Who should be given the next block: the smallest."""
+        return len(self.queue), self.cold
+
+    def give(self, pending: _Pending) -> None:
+        """The next block."""
+        pending.future = self.process.submit(self.function, pending.block)
+        self.queue.append(pending)
+
+    def collect(self) -> list[_Pending]:
+        """Mark what is done; if the process has died, everything else that it had: first the block that it was at."""
+        from concurrent.futures.process import BrokenProcessPool
+
+        while self.queue and (future := self.queue[0].future) is not None and future.done():
+            if isinstance(future.exception(), BrokenProcessPool):
+                lost = list(self.queue)
+                self.queue.clear()
+                self.cold = True
+                return lost
+            self.queue.popleft().done = True
+            self.cold = False
+        return []
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    # spawn: a forked child of a process with threads (BLAS, TensorFlow, a notebook) may hang
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _forget_lost(waiting: Iterable[_Pending], retries: int) -> None:
-    """After a pool broke: drop the futures that hold no result, and give up on a block that was lost too often."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    for pending in waiting:
-        future = pending.future
-        if future is None:
-            continue
-        if future.done() and not future.cancelled() and not isinstance(future.exception(), BrokenProcessPool):
-            continue  # it has its result, or the function's own exception
-        pending.future = None
-        pending.lost += 1
-        if pending.lost > retries:
-            raise WorkerLost(
-                f"block {pending.number}: its worker process died {pending.lost} times (killed, or out of memory?);"
-                ' use fewer workers or smaller blocks. A script must call this below if __name__ == "__main__":'
-            )
+def _blame(pending: _Pending, retries: int) -> None:
+    """Give up on a block that was lost too often."""
+    pending.lost += 1
+    if pending.lost > retries:
+        raise WorkerLost(
+            f"block {pending.number}: its worker process died {pending.lost} times (killed, or out of memory?);"
+            ' use fewer workers or smaller blocks. A script must call this below if __name__ == "__main__":'
+        )
 
 
 # Clusters.

@@ -1,114 +1,154 @@
 """Statistics in one pass, every selected layer normalising by the batch it sees, as in training.
 
-With n_b, m_b and v_b the number, mean and variance (1 / n_b) of a channel's inputs in call b of B, N = sum n_b:
+With n_b, m_b and v_b the number, mean and variance (1 / n_b) of a channel's inputs in batch b of B, N = sum n_b:
 
     precise   mean = sum (n_b / N) m_b           variance = sum (n_b / N) (v_b + (m_b - mean)**2)
               the moments of all inputs pooled; unbiased: times N / (N - 1). What fvcore's PreciseBN intends
     average   mean = sum (n_b / N) m_b           variance = sum (n_b / N) v_b
               the average of batch statistics; unbiased: v_b times n_b / (n_b - 1). torch's update_bn with batches of
               one size (unbiased, as torch's BatchNorm is); it counts a short last batch like a full one, this does not
-    moving    s = momentum * s + (1 - momentum) * (m_b, v_b), from the stored values on, with the layer's own momentum;
-              unbiased: v_b times n_b / (n_b - 1). What calling the model with training=True leaves behind
+    moving    s = momentum * s + (1 - momentum) * (m_b, v_b), b = 1 ... B, from the stored values on, with the layer's
+              own momentum; unbiased: v_b times n_b / (n_b - 1). What calling the model with training=True leaves behind.
+              Computed as momentum**B * s + (1 - momentum) * sum momentum**(B - b) (m_b, v_b)
+
+A layer that is called several times in a batch counts every call, in order. A batch in which it sees nothing (a mask that
+leaves no position) has n_b = 0 and is left out; there the layer normalises by what was stored before the run.
 
 Only BatchNorm is put into training: dropout and the like stay at inference, so that nothing random enters. Batch
 statistics are computed in float64 and stored into the layer before it is called at inference; Keras' own training call
 computes them in float32, and is off by 500 times the variance at mean / std = 1e4 on TensorFlow.
+
+No batch's statistics depend on another batch. All three sums are therefore taken of values that merge (moments.Moments,
+averages.Updates), in the fixed tree over the batches' numbers: runs of 2**k batches may be measured by different processes,
+in any order, and the result has the same bits (see shards.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from bnport._lazy import np
+from bnport.calibrate.averages import Updates, UpdatesTree
 from bnport.calibrate.graph import DATA, Step, steps_of
 from bnport.calibrate.looking import Looking, run
 from bnport.calibrate.models import Stop, hooked
-from bnport.calibrate.moments import Tree
-from bnport.errors import BnportError, InvalidValue, printable
+from bnport.calibrate.moments import Moments, Tree
+from bnport.calibrate.tree import Value
+from bnport.errors import BnportError, FormatError, InvalidValue, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from bnport.calibrate.frontier import Progress
     from bnport.calibrate.models import LiveModel, Norm
-    from bnport.calibrate.moments import Moments
+    from bnport.calibrate.tree import FixedTree
     from bnport.record import Array
 
 METHODS = ("precise", "average", "moving")
 
 
-class Pooled:
+class Kept(Generic[Value]):
+    """What one layer has seen: the tree over the batches that are complete, and the batch under way."""
+
+    def __init__(self, norm: Norm, unbiased: bool, tree: FixedTree[Value], nothing: Value) -> None:
+        self.norm, self.unbiased = norm, unbiased
+        self.tree: FixedTree[Value] = tree
+        self._batch: Value = nothing
+        self._nothing: Value = nothing
+
+    def value(self, call: Moments) -> Value:
+        """One call's moments as a value of the tree."""
+        raise NotImplementedError
+
+    def result(self) -> tuple[Array, Array]:
+        """(mean, variance) of all complete batches."""
+        raise NotImplementedError
+
+    def add(self, call: Moments) -> None:
+        """The next call in this batch."""
+        if call.n:
+            self._batch = self._batch.merge(self.value(call))
+
+    def end_batch(self) -> None:
+        """The batch is complete; one value for every batch, so that the tree has the same shape for every layer."""
+        self.tree.add(self._batch)
+        self._batch = self._nothing
+
+    def add_run(self, stored: bytes, level: int) -> None:
+        """The next 2**level batches as another process has stored them: to_bytes() of its tree's result."""
+        value = self.tree.kind.from_bytes(stored)
+        self._check(value)
+        self.tree.add(value, level)
+
+    def _check(self, value: Value) -> None:
+        if value.channels != self.norm.channels:
+            raise FormatError(
+                f"{printable(self.norm.name)}: {value.channels} channels stored, it has {self.norm.channels}"
+            )
+
+    def to_arrays(self) -> dict[str, Array]:
+        """For a checkpoint, between two batches."""
+        return self.tree.to_arrays()
+
+    def from_arrays(self, arrays: Any, batches: int) -> None:
+        """From a checkpoint that was made after so many batches."""
+        tree = type(self.tree).from_arrays(arrays)
+        if tree.blocks != batches:
+            raise FormatError(f"{printable(self.norm.name)}: {tree.blocks} batches stored, of {batches}")
+        if batches:
+            self._check(tree.result())
+        self.tree = tree
+
+
+class Pooled(Kept[Moments]):
     """Moments of all inputs together."""
 
     def __init__(self, norm: Norm, unbiased: bool) -> None:
-        self.unbiased, self.tree = unbiased, Tree()
-        del norm
+        super().__init__(norm, unbiased, Tree(), Moments(0, *np.zeros((2, norm.channels))))
 
-    def add(self, batch: Moments) -> None:
-        """One call's moments."""
-        self.tree.add(batch)
+    def value(self, call: Moments) -> Moments:
+        """The moments as they are."""
+        return call
 
     def result(self) -> tuple[Array, Array]:
         """(mean, variance)."""
         moments = self.tree.result()
         return moments.mean, moments.variance(self.unbiased)
 
-    def to_arrays(self) -> dict[str, Array]:
-        """For a checkpoint."""
-        return self.tree.to_arrays()
 
-    def from_arrays(self, arrays: Any) -> None:
-        """From a checkpoint."""
-        self.tree = Tree.from_arrays(arrays)
-
-
-class Averaged:
+class Averaged(Kept[Updates]):
     """The average of batch statistics, weighted by how many numbers each was taken from."""
 
     def __init__(self, norm: Norm, unbiased: bool) -> None:
-        self.unbiased, self.n = unbiased, 0
-        self.mean, self.variance = np.zeros((2, norm.channels))
+        super().__init__(norm, unbiased, UpdatesTree(), Updates(0, 1.0, *np.zeros((2, norm.channels))))
 
-    def _share(self, batch: Moments) -> float:
-        self.n += batch.n
-        return batch.n / self.n
+    def value(self, call: Moments) -> Updates:
+        """A call as an update of the statistics."""
+        if call.n <= self.unbiased:
+            raise InvalidValue("a batch with one number per channel has no unbiased variance; use larger batches")
+        keep, weight = self.weights(call.n)
+        return Updates(call.n, keep, weight * call.mean, weight * call.variance(self.unbiased))
 
-    def add(self, batch: Moments) -> None:
-        """One call's moments."""
-        if batch.n <= self.unbiased:
-            if batch.n:
-                raise InvalidValue("a batch with one number per channel has no unbiased variance; use larger batches")
-            return
-        share = self._share(batch)
-        self.mean = self.mean + (batch.mean - self.mean) * share
-        self.variance = self.variance + (batch.variance(self.unbiased) - self.variance) * share
+    def weights(self, n: int) -> tuple[float, float]:
+        """(of what came before, of this call), for a call with n numbers per channel."""
+        return 1.0, float(n)
 
     def result(self) -> tuple[Array, Array]:
         """(mean, variance)."""
-        return self.mean, self.variance
-
-    def to_arrays(self) -> dict[str, Array]:
-        """For a checkpoint."""
-        return {"n": np.array(self.n), "mean": self.mean, "variance": self.variance}
-
-    def from_arrays(self, arrays: Any) -> None:
-        """From a checkpoint."""
-        self.n = int(arrays["n"])
-        for name in ("mean", "variance"):
-            value = np.array(arrays[name], np.float64)
-            if value.shape != self.mean.shape:
-                raise InvalidValue(f"{self.mean.shape[0]} channels expected, {value.shape} stored")
-            setattr(self, name, value)
+        updates = self.tree.result()
+        return updates.mean / updates.n, updates.variance / updates.n
 
 
 class Moving(Averaged):
-    """The exponential average, from the statistics that the layer holds."""
+    """The exponential average, from the statistics that the layer held before the run."""
 
     def __init__(self, norm: Norm, unbiased: bool) -> None:
         super().__init__(norm, unbiased)
         self.momentum = norm.momentum
         self.mean, self.variance = norm.read()
+        if not 0 <= self.momentum <= 1:
+            raise InvalidValue(f"{printable(norm.name)}: momentum {self.momentum} is not between 0 and 1")
         if not (
             np.isfinite(self.mean).all()
             and np.isfinite(self.variance).all()
@@ -119,9 +159,15 @@ class Moving(Averaged):
                 " 'population', 'precise' or 'average'"
             )
 
-    def _share(self, batch: Moments) -> float:
-        self.n += batch.n
-        return 1.0 - self.momentum
+    def weights(self, n: int) -> tuple[float, float]:
+        """The same for every call."""
+        del n
+        return self.momentum, 1.0 - self.momentum
+
+    def result(self) -> tuple[Array, Array]:
+        """(mean, variance)."""
+        updates = self.tree.result()
+        return updates.keep * self.mean + updates.mean, updates.keep * self.variance + updates.variance
 
 
 _KINDS: dict[str, Callable[[Norm, bool], Pooled | Averaged]] = {
@@ -144,10 +190,12 @@ class OnePass:
 
     def _hook(self, norm: Norm, original: Callable[..., Any], x: Any, mask: Any, args: Any, kwargs: Any) -> Any:
         try:
-            batch = self.live.moments(norm, x, mask)
-            self.kept[norm.name].add(batch)
-            if batch.n:
-                norm.write(batch.mean, batch.variance())
+            call = self.live.moments(norm, x, mask)
+            self.kept[norm.name].add(call)
+            if call.n:
+                norm.write(call.mean, call.variance())
+            else:  # not by an earlier batch's
+                norm.restore()
         except Stop:
             raise
         except BnportError as error:
@@ -174,6 +222,8 @@ class OnePass:
                     run(step, [batch])
                 except Stop as stop:
                     raise (stop.error or InvalidValue(f"{self.live.what}: interrupted")) from None
+                for kept in self.kept.values():
+                    kept.end_batch()
                 self.batches += 1
                 if progress is not None:
                     progress(self.batches, max(hint, self.batches) if hint else 0, f"batch {self.batches}")
@@ -189,10 +239,21 @@ class OnePass:
             Looking(self.live, step, self.selected).calls([batch])
         return itertools.chain(first, batches)
 
+    def add_run(self, stored: dict[str, bytes], level: int) -> None:
+        """The next 2**level batches as another process has seen them: `results` of its OnePass, after just these."""
+        if set(stored) != set(self.kept):
+            raise InvalidValue(f"{self.live.what}: another process has measured other layers than these")
+        for name, kept in self.kept.items():
+            kept.add_run(stored[name], level)
+        self.batches += 1 << level
+
+    def results(self) -> dict[str, bytes]:
+        """Per layer, what all batches so far have come to."""
+        return {name: kept.tree.result().to_bytes() for name, kept in self.kept.items()}
+
     def count(self, norm: Norm) -> int:
         """How many numbers per channel a layer has seen."""
-        kept = self.kept[norm.name]
-        return kept.tree.n if isinstance(kept, Pooled) else kept.n
+        return self.kept[norm.name].tree.n
 
     def finish(self) -> list[Norm]:
         """Write the results into the layers; returns those that inference never called, which hold what they held."""

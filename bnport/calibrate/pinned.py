@@ -1,22 +1,30 @@
 """Workers that keep what they computed: call after call, block number i goes to the same process while that lives.
 
 executors.map_blocks gives a block to whoever is free; work that goes on from what an earlier call left in the process
-(shards.py) needs the opposite. A process that dies takes its state along: its blocks are done again elsewhere or in its
-successor, and the function must notice that it starts from nothing.
+(shards.py) needs the opposite. A process that dies takes its state along, and nobody else: its blocks are given to its
+successor as soon as that lives, while the others go on. The function must notice that it starts from nothing, and say so
+by returning None; it is then given `again(block)` instead.
+
+    engine     a death is noticed                             its successor
+    "local"    at once (the process' handle)                  spawned at once
+    "dask"     within POLL seconds                            its nanny's new worker; after PATIENCE seconds any other
+    "ray"      at once                                        the actor, restarted by Ray
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bnport.calibrate.executors import ENGINES, RETRIES, cores, dask_client, ray_cluster, single_pool
+from bnport.calibrate.executors import ENGINES, RETRIES, Process, cores, dask_client, ray_cluster
 from bnport.errors import InvalidValue, WorkerLost, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 
+POLL = 0.25  # seconds between two looks at which of Dask's workers live, while none of their blocks is done
 PATIENCE = 20.0  # seconds that a restarted Dask worker is waited for before its shards go to others
+LOST: Any = object()  # the outcome of a block whose worker died
 
 
 class Pinned(Protocol):
@@ -24,8 +32,13 @@ class Pinned(Protocol):
 
     count: int
 
-    def map(self, function: Callable[[Any], Any], blocks: Sequence[Any]) -> list[Any]:
-        """function(block) for every block, in order; block i in worker i % count. Raises what it raises, WorkerLost."""
+    def map(
+        self, function: Callable[[Any], Any], blocks: Sequence[Any], again: Callable[[Any], Any] | None = None
+    ) -> list[Any]:
+        """function(block) for every block, in order; block i in worker i % count. Raises what it raises, WorkerLost.
+
+        again: what the same worker is given, at once, where the answer is None: a block that needs no earlier call.
+        """
         ...
 
     def close(self) -> None:
@@ -47,63 +60,92 @@ def open_workers(engine: str, workers: int | None = None, address: Any = None, r
 class _Serial:
     count = 1
 
-    def map(self, function: Callable[[Any], Any], blocks: Sequence[Any]) -> list[Any]:
-        return [function(block) for block in blocks]
+    def map(
+        self, function: Callable[[Any], Any], blocks: Sequence[Any], again: Callable[[Any], Any] | None = None
+    ) -> list[Any]:
+        found = []
+        for block in blocks:
+            result = function(block)
+            found.append(function(again(block)) if result is None and again is not None else result)
+        return found
 
     def close(self) -> None:
         pass
 
 
-class _Local:
-    """One spawn pool of one process per worker, so that a death takes nobody else along."""
+class _Workers:
+    """The part that all engines share: who gets what again."""
+
+    count: int
+    retries: int
+
+    def map(
+        self, function: Callable[[Any], Any], blocks: Sequence[Any], again: Callable[[Any], Any] | None = None
+    ) -> list[Any]:
+        found: dict[int, Any] = {}
+        lost = [0] * len(blocks)
+        running = {self._submit(i % self.count, function, block): i for i, block in enumerate(blocks)}
+        try:
+            while running:
+                for future, outcome in self._outcomes(running):
+                    i = running.pop(future)
+                    block = blocks[i]
+                    if outcome is LOST:
+                        lost[i] += 1
+                        if lost[i] > self.retries:
+                            raise WorkerLost(
+                                f"block {i}: its worker process died {lost[i]} times (killed, or out of memory?); use fewer"
+                                " workers or less memory"
+                            )
+                    elif outcome is None and again is not None:
+                        block = again(block)
+                    else:
+                        found[i] = outcome
+                        continue
+                    running[self._submit(i % self.count, function, block)] = i
+        finally:
+            self._cancel(running)
+        return [found[i] for i in range(len(blocks))]
+
+    def _submit(self, place: int, function: Callable[[Any], Any], block: Any) -> Any:
+        """A future, hashable, of a block at the worker in this place."""
+        raise NotImplementedError
+
+    def _outcomes(self, running: dict[Any, int]) -> list[tuple[Any, Any]]:
+        """Waits; some futures that are done, with what they returned, or LOST. Raises what the function raised."""
+        raise NotImplementedError
+
+    def _cancel(self, running: Iterable[Any]) -> None:
+        """Nobody waits for these any more."""
+
+
+class _Local(_Workers):
+    """One spawned process per worker, so that a death takes nobody else along."""
 
     def __init__(self, count: int, retries: int) -> None:
         self.count, self.retries = count, retries
-        self.pools = [single_pool() for _ in range(count)]
+        self.processes = [Process() for _ in range(count)]
 
-    def map(self, function: Callable[[Any], Any], blocks: Sequence[Any]) -> list[Any]:
+    def _submit(self, place: int, function: Callable[[Any], Any], block: Any) -> Any:
+        return self.processes[place].submit(function, block)
+
+    def _outcomes(self, running: dict[Any, int]) -> list[tuple[Any, Any]]:
+        from concurrent.futures import FIRST_COMPLETED, wait
         from concurrent.futures.process import BrokenProcessPool
 
-        results: dict[int, Any] = {}
-        for _ in range(self.retries + 1):
-            futures = {}
-            for i in range(len(blocks)):
-                if i not in results:
-                    try:
-                        futures[i] = self.pools[i % self.count].submit(function, blocks[i])
-                    except BrokenProcessPool:  # died between two calls, or just now
-                        self._replace(i % self.count)
-                        futures[i] = self.pools[i % self.count].submit(function, blocks[i])
-            broken = set()
-            for i, future in futures.items():
-                try:
-                    results[i] = future.result()
-                except BrokenProcessPool:
-                    broken.add(i % self.count)
-                except BaseException:
-                    for other in futures.values():
-                        other.cancel()
-                    raise
-            if len(results) == len(blocks):
-                return [results[i] for i in range(len(blocks))]
-            for worker in broken:
-                self._replace(worker)
-        missing = next(i for i in range(len(blocks)) if i not in results)
-        raise WorkerLost(
-            f"block {missing}: its worker process died {self.retries + 1} times (killed, or out of memory?);"
-            " use fewer workers or less memory"
-        )
+        done = wait(running, return_when=FIRST_COMPLETED).done
+        return [(f, LOST if isinstance(f.exception(), BrokenProcessPool) else f.result()) for f in done]
 
-    def _replace(self, worker: int) -> None:
-        self.pools[worker].shutdown(wait=True, cancel_futures=True)
-        self.pools[worker] = single_pool()
+    def _cancel(self, running: Iterable[Any]) -> None:
+        for future in running:
+            future.cancel()
 
     def close(self) -> None:
-        for pool in self.pools:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for process in self.processes:
+            process.close()
 
 
-class _Dask:
+class _Dask(_Workers):
     """Tasks bound to a worker by its address. Dask itself would move them: to balance the load, or never, if it is gone."""
 
     def __init__(self, workers: int | None, address: Any, retries: int) -> None:
@@ -111,69 +153,73 @@ class _Dask:
         self.retries = retries
         self.homes = self._alive()
         self.count = max(1, len(self.homes))
+        self.missed: dict[int, float] = {}  # place -> since when its worker is gone
 
     def _alive(self) -> list[str]:
         return sorted(self.client.nthreads())
 
-    def map(self, function: Callable[[Any], Any], blocks: Sequence[Any]) -> list[Any]:
+    def map(
+        self, function: Callable[[Any], Any], blocks: Sequence[Any], again: Callable[[Any], Any] | None = None
+    ) -> list[Any]:
+        self._rehome()
+        return super().map(function, blocks, again)
+
+    def _submit(self, place: int, function: Callable[[Any], Any], block: Any) -> Any:
+        return self.client.submit(function, block, pure=False, workers=[self.homes[place]])
+
+    def _outcomes(self, running: dict[Any, int]) -> list[tuple[Any, Any]]:
         import distributed
 
-        def submit(i: int) -> Any:
-            return self.client.submit(function, blocks[i], pure=False, workers=[self.homes[i % self.count]])
-
-        self._rehome(patience=0)
-        futures = [submit(i) for i in range(len(blocks))]
-        moves = 0
         try:
-            while True:
-                try:
-                    with self.client.as_current():
-                        distributed.wait(futures, timeout=2)
-                    break
-                except TimeoutError:
-                    moved = self._rehome(PATIENCE)
-                moves += bool(moved)
-                if moves > self.retries:
-                    raise WorkerLost(f"Dask lost workers {moves} times during one round; is there enough memory?")
-                for i, future in enumerate(futures):
-                    if i % self.count in moved and not future.done():
-                        future.cancel()
-                        futures[i] = submit(i)
-            found: list[Any] = self.client.gather(futures)
-        except distributed.KilledWorker as error:
-            raise WorkerLost(f"Dask lost the worker of a shard again and again: {printable(error)}") from None
-        finally:
-            self.client.cancel(futures)
-        return found
+            with self.client.as_current():
+                done = distributed.wait(list(running), timeout=POLL, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            moved = self._rehome()
+            gone = [future for future, i in running.items() if i % self.count in moved and not future.done()]
+            self.client.cancel(gone)
+            return [(future, LOST) for future in gone]
+        outcomes = []
+        for future in done:
+            try:
+                outcomes.append((future, future.result(timeout=PATIENCE)))
+            except distributed.KilledWorker as error:
+                raise WorkerLost(f"Dask lost the worker of a shard again and again: {printable(error)}") from None
+            except TimeoutError:  # its worker has died since, and the result with it: the next look finds that
+                continue
+        return outcomes
 
-    def _rehome(self, patience: float) -> set[int]:
-        """Give the places of workers that are gone to new ones, or after `patience` seconds to others; which places."""
+    def _rehome(self) -> set[int]:
+        """Give the places of workers that are gone to new ones, or after PATIENCE seconds to others; which places."""
         import time
 
-        deadline = time.monotonic() + patience
-        while True:
-            alive = self._alive()
-            gone = [place for place, home in enumerate(self.homes) if home not in alive]
-            spare = [home for home in alive if home not in self.homes]  # a restarted worker has a new address
-            if len(spare) >= len(gone) or (time.monotonic() >= deadline and alive):
-                break
-            if time.monotonic() >= deadline + PATIENCE:
+        alive, now, moved = self._alive(), time.monotonic(), set()
+        spare = [home for home in alive if home not in self.homes]  # a restarted worker has a new address
+        for place, home in enumerate(self.homes):
+            if home in alive:
+                continue
+            waited = now - self.missed.setdefault(place, now)
+            if spare or (alive and waited > PATIENCE):
+                self.homes[place] = spare.pop() if spare else alive[place % len(alive)]
+                moved.add(place)
+                del self.missed[place]
+            elif waited > 2 * PATIENCE:
                 raise WorkerLost("Dask has no workers left")
-            time.sleep(0.2)
-        for place in gone:
-            self.homes[place] = spare.pop() if spare else alive[place % len(alive)]
-        return set(gone)
+        return moved
+
+    def _cancel(self, running: Iterable[Any]) -> None:
+        self.client.cancel(list(running))
 
     def close(self) -> None:
         if self.owned:
             self.client.close()
 
 
-class _Ray:
+class _Ray(_Workers):
     """One actor per worker, restarted by Ray when its process dies."""
 
     def __init__(self, workers: int | None, address: Any, retries: int) -> None:
         self.ray, self.owned = ray_cluster(workers, address)
+        self.retries = retries
 
         class Worker:
             def call(self, function: Any, block: Any) -> Any:
@@ -183,15 +229,17 @@ class _Ray:
         actor = self.ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=retries)
         self.actors = [actor.remote() for _ in range(self.count)]
 
-    def map(self, function: Callable[[Any], Any], blocks: Sequence[Any]) -> list[Any]:
-        references = [self.actors[i % self.count].call.remote(function, block) for i, block in enumerate(blocks)]
+    def _submit(self, place: int, function: Callable[[Any], Any], block: Any) -> Any:
+        return self.actors[place].call.remote(function, block)
+
+    def _outcomes(self, running: dict[Any, int]) -> list[tuple[Any, Any]]:
+        done, _ = self.ray.wait(list(running), num_returns=1)
         try:
-            found: list[Any] = self.ray.get(references)
+            return [(reference, self.ray.get(reference)) for reference in done]
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except (self.ray.exceptions.RayActorError, self.ray.exceptions.OutOfMemoryError) as error:
             raise WorkerLost(f"Ray lost the worker of a shard again and again: {printable(error)}") from None
-        return found
 
     def close(self) -> None:
         for actor in self.actors:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import itertools
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnport.calibrate import data as data_module
 from bnport.calibrate.checkpoint import Checkpoint, fingerprint, packed, unpacked
@@ -23,6 +24,7 @@ from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from bnport.calibrate import shards
     from bnport.calibrate.data import Batch, Batches
     from bnport.calibrate.models import Norm
 
@@ -63,11 +65,13 @@ def calibrate(
     frozen:  also layers with trainable=False; they are left alone otherwise.
     memory:  how much may be kept of activations between rounds ("8GB", bytes; default half of what is free); beyond
              it they go to files in the folder `spill` (default the system's). Only "population" keeps any.
-    resume:  a file for checkpoints; if it is there, the run it belongs to is continued. Deleted at the end.
+    resume:  a file for checkpoints; if it is there, the run it belongs to is continued, with or without an engine, to the
+             same bits. Written after every round ("population"), else every 30 s. Deleted at the end.
     minimum: fewer samples are refused. limit: stop after so many.
     images:  how a folder of images is decoded and scaled: size, scale, preprocessing, ...: see bnport.calibrate.folder.
-    engine:  "local", "dask" or "ray": many processes or machines, see bnport.calibrate.shards and .executors; data must
-             then be a path (or a function) and `spill` a folder that all workers reach. workers, address: of the engine.
+    engine:  "local", "dask" or "ray": many processes or machines, for every method, to the same bits as without: see
+             bnport.calibrate.shards and .executors. data must then be a path or a PyDataset that opens its
+             files by itself, and `spill` a folder that all workers reach. workers, address: of the engine.
     progress: called as progress(done, total, what); total is 0 while unknown.
 
     Only moving mean and variance change (with renorm also the three arrays that mirror them): all of them or, on any
@@ -96,7 +100,7 @@ def calibrate(
     run = _Run(live, selected, batches, method, unbiased, budget, spill, resume, progress)
     if engine is not None:
         settings = {"batch_size": batch_size, "key": key, "limit": limit, "images": dict(images) if images else None}
-        run.engine = (engine, workers, address, data, settings, minimum)
+        run.engine = _Engine(engine, workers, address, data, settings, minimum)
     started = time.monotonic()
     try:
         with live.running():
@@ -163,6 +167,17 @@ def _statistics(norm: Norm, n: int) -> LayerStatistics:
     return LayerStatistics(norm.name, n, norm.epsilon, old_mean, old_variance, mean, variance)
 
 
+class _Engine(NamedTuple):
+    """Where the work is done, and what workers need to open the data."""
+
+    name: str
+    workers: int | None
+    address: Any
+    data: Any
+    settings: dict[str, Any]
+    minimum: int
+
+
 class _Run:
     """One calibration under way."""
 
@@ -177,15 +192,15 @@ class _Run:
         self.notes: list[str] = []
         self.figures: dict[str, int | float] = {"samples": 0, "batches": 0, "rounds": 1}
         self.checkpoint: Checkpoint | None = None
-        self.engine: tuple[str, int | None, Any, Any, dict[str, Any], int] | None = None
+        self.engine: _Engine | None = None
 
     def __call__(self) -> None:
-        if self.engine is not None:
-            self._sharded(*self.engine)
-        elif self.method == "population":
+        if self.method != "population":
+            self._one_pass()
+        elif self.engine is None:
             self._population()
         else:
-            self._one_pass()
+            self._sharded()
         if self.checkpoint is not None:
             self.checkpoint.delete()
 
@@ -234,21 +249,21 @@ class _Run:
         self.unused = frontier.unused
         self.counts = {name: value.n for name, value in moments.items()}
 
-    def _sharded(
-        self, engine: str, workers: int | None, address: Any, data: Any, settings: dict[str, Any], minimum: int
-    ) -> None:
+    @contextlib.contextmanager
+    def _plan(self) -> Iterator[shards.Plan]:
+        """What workers are told, with the model in a file, while this is open."""
         import tempfile
 
-        from bnport.calibrate import pinned, shards
+        from bnport.calibrate import shards
         from bnport.calibrate.loading import check_config
 
-        if not (isinstance(data, str | os.PathLike) or callable(data)) or self.batches.length is None:
+        assert self.engine is not None
+        data, settings = self.engine.data, self.engine.settings
+        if not shards.can_travel(data):
             raise InvalidValue(
-                f"{self.batches.name}: with an engine, data must be a path that every worker can open, of known length"
+                f"{self.batches.name}: with an engine, data must be a path that every worker can open, or an object that"
+                " gives batches by their number (a PyDataset), pickled into less than 1 MiB"
             )
-        if self.resume is not None:
-            next(self._open_checkpoint(self._source()), None)
-        known = self._known() if self.method == "population" else {}
         with tempfile.TemporaryDirectory(prefix="bnport-", dir=self.spill) as folder:
             path = os.path.join(folder, "model.keras")
             self.live.model.save(path)
@@ -258,29 +273,41 @@ class _Run:
                 raise InvalidValue(
                     f"workers of an engine load the model from a file; they refuse this one: {error}"
                 ) from None
-            names = tuple(norm.name for norm in self.selected)
-            plan = shards.Plan(
-                os.path.basename(folder), path, self.live.backend, data, settings, self.method, names, self.unbiased,
-                self.budget, self.spill,
+            yield shards.Plan(
+                os.path.basename(folder), path, self.live.backend, data, settings, self.method,
+                tuple(norm.name for norm in self.selected), self.unbiased, self.budget, self.spill,
             )  # fmt: skip
-            pool = pinned.open_workers(engine, workers, address)
+
+    def _enough(self, samples: int, minimum: int) -> None:
+        if samples < minimum:
+            raise InvalidValue(f"{self.batches.name}: {samples} samples, at least {minimum} needed")
+
+    def _sharded(self) -> None:
+        from bnport.calibrate import pinned, shards
+
+        assert self.engine is not None
+        with self._plan() as plan:
+            if self.resume is not None:
+                next(self._open_checkpoint(self._source()), None)
+            known = self._known()
+            length = self.batches.length or 0
+            pool = pinned.open_workers(self.engine.name, self.engine.workers, self.engine.address)
             try:
                 sharded = shards.Sharded(
-                    plan, self.batches.length, pool,
-                    known=known, progress=self.progress, after_round=self._save_moments,
-                )  # fmt: skip
+                    plan, length, pool, known=known, progress=self.progress, after_round=self._save_moments
+                )
                 moments = sharded.run()
                 sharded.forget()
             finally:
                 pool.close()
-        if sharded.samples < minimum:
-            raise InvalidValue(f"{self.batches.name}: {sharded.samples} samples, at least {minimum} needed")
+        if sharded.rounds:  # or all was known: the run that is resumed had read the data
+            self._enough(sharded.samples, self.engine.minimum)
         for norm in self.selected:
             if norm.name in moments:
                 norm.write(moments[norm.name].mean, moments[norm.name].variance(self.unbiased))
         self.unused = [norm for norm in self.selected if norm.name not in moments]
         self.counts = {name: value.n for name, value in moments.items()}
-        self.figures.update(samples=sharded.samples, batches=self.batches.length, rounds=sharded.rounds)
+        self.figures.update(samples=sharded.samples, batches=length, rounds=sharded.rounds)
         if sharded.restarted:
             self.notes.append(f"{sharded.restarted} shards were done again because their worker had died")
 
@@ -294,21 +321,12 @@ class _Run:
     def _one_pass(self) -> None:
         run = OnePass(self.live, self.selected, self.method, unbiased=self.unbiased)
         source = self._open_checkpoint(self._source())
-        if self.checkpoint is not None and self.checkpoint.state is not None:
-            state = self.checkpoint.state
-            parts = unpacked(state)
-            try:
-                run.batches, samples = int(state["batches"]), int(state["samples"])
-                for norm in self.selected:
-                    run.kept[norm.name].from_arrays(parts[norm.name])
-            except KeyError as error:
-                raise FormatError(f"{printable(self.resume)}: has no {printable(error.args[0])}") from None
-            self.notes.append(f"resumed after {run.batches} batches")
-            if self.batches.repeatable:
-                self.figures["samples"] = samples
-                source = self._source(run.batches)
-            else:
-                source = itertools.islice(source, run.batches, None)
+        samples = self._resumed(run)
+        if run.batches and not self.batches.repeatable:
+            source = itertools.islice(source, run.batches, None)
+        elif run.batches:
+            self.figures["samples"] = samples
+            source = self._source(run.batches)
         saved = time.monotonic()
 
         def save() -> None:
@@ -321,7 +339,38 @@ class _Run:
                 self.checkpoint.save({**state, **{name: np.array(count) for name, count in counts.items()}})
                 saved = time.monotonic()
 
-        run.run(source, hint=self.batches.length or 0, progress=self.progress, after_batch=save)
+        if self.engine is None:
+            run.run(source, hint=self.batches.length or 0, progress=self.progress, after_batch=save)
+        else:
+            self.figures["samples"] = samples
+            self._one_pass_sharded(run, save)
         self.unused = run.finish()
         self.figures["batches"] = run.batches
         self.counts = {norm.name: run.count(norm) for norm in self.selected}
+
+    def _resumed(self, run: OnePass) -> int:
+        """Give `run` what the checkpoint holds; the number of samples in that."""
+        if self.checkpoint is None or self.checkpoint.state is None:
+            return 0
+        parts = unpacked(self.checkpoint.state)
+        try:
+            run.batches, samples = (int(self.checkpoint.state[key]) for key in ("batches", "samples"))
+            for norm in self.selected:
+                run.kept[norm.name].from_arrays(parts[norm.name], run.batches)
+        except KeyError as error:
+            raise FormatError(f"{printable(self.resume)}: has no {printable(error.args[0])}") from None
+        self.notes.append(f"resumed after {run.batches} batches")
+        return samples
+
+    def _one_pass_sharded(self, run: OnePass, save: Callable[[], None]) -> None:
+        from bnport.calibrate import shards
+
+        assert self.engine is not None
+        engine, length = self.engine, self.batches.length or 0
+        with self._plan() as plan:
+            for samples in shards.one_pass(run, plan, length, engine.name, engine.workers, engine.address):
+                self.figures["samples"] += samples
+                if self.progress is not None:
+                    self.progress(run.batches, length, f"batch {run.batches}")
+                save()
+        self._enough(int(self.figures["samples"]), engine.minimum)

@@ -16,6 +16,11 @@ class Mergeable(Protocol):
 
     n: int
 
+    @property
+    def channels(self) -> int:
+        """C."""
+        ...
+
     def merge(self, other: Any) -> Any:
         """Both together."""
         ...

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bnport.calibrate import onepass
+from bnport.calibrate.models import LiveModel
 from bnport.calibrate.run import calibrate
 from bnport.errors import InvalidValue
 from tests.calibrate import nets
@@ -107,6 +109,49 @@ def test_moving_is_what_training_calls_leave_behind():
     for name, layer in ours.items():
         np.testing.assert_allclose(layer.mean, model.get_layer(name).moving_mean.numpy(), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(layer.variance, model.get_layer(name).moving_variance.numpy(), rtol=1e-5)
+
+
+def masked():
+    """Behind the first layer the mask ends, and the second sees what the first makes of positions that are masked."""
+    i = keras.Input((5, 3))
+    x = L.BatchNormalization(name="first")(L.Masking()(i))
+    return nets.stir(keras.Model(i, L.BatchNormalization(name="second")(L.Dense(4)(L.Flatten()(x)))))
+
+
+def parts():
+    """Layers that are selected, frozen, and not asked for, on a path."""
+    model = nets.branches()
+    model.get_layer("left").trainable = False
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "layers", "shape"), [(masked, None, (5, 3)), (parts, ["left", "right", "fine"], (8, 8, 3))]
+)
+@pytest.mark.parametrize("method", ["precise", "average", "moving"])
+def test_what_a_batch_gives_does_not_depend_on_the_batches_before_it(build, layers, shape, method, monkeypatch):
+    model = build()
+    batches = [nets.data(16, shape, seed=k) * (k + 1) for k in range(4)]
+    batches[2][:] = 0  # the mask leaves nothing of it
+    values = {}
+    add = onepass.Kept.add
+
+    def spy(kept, call):
+        values[kept.norm.name].append(call.to_bytes())
+        add(kept, call)
+
+    monkeypatch.setattr(onepass.Kept, "add", spy)
+
+    def seen(order):
+        values.clear()
+        values.update({norm.name: [] for norm in LiveModel(model).norms})
+        calibrate(model, iter([batches[k] for k in order]), method=method, layers=layers).undo()
+        return {name: {k: calls[at] for at, k in enumerate(order)} for name, calls in values.items() if calls}
+
+    expected = seen([0, 1, 2, 3])
+    assert set(expected) == ({"first", "second"} if layers is None else {"right", "fine"})
+    for order in ([3, 2, 1, 0], [1, 2, 0, 3], [2, 0, 3, 1]):
+        assert seen(order) == expected
 
 
 def test_with_one_batch_of_everything_all_methods_agree_with_a_training_call():

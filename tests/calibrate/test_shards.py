@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from bnport.calibrate import shards
+from bnport.calibrate import data, run, shards
 from bnport.calibrate.pinned import open_workers
 from bnport.calibrate.run import calibrate
 from bnport.errors import InvalidValue, WorkerLost
 from tests.calibrate import nets, work
 
+METHODS = ["population", "precise", "average", "moving"]
 HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -35,28 +37,71 @@ def statistics_of(model, *args, **options):
 
 
 @pytest.mark.parametrize("build", [nets.branches, nets.nested])
-@pytest.mark.parametrize("method", ["population", "precise"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch_size", [7, 32])
 def test_shards_give_the_bits_of_one_process(build, method, batch_size, rows, monkeypatch):
-    monkeypatch.setattr(shards, "shard_size", lambda batches, workers: 4 if batches > 9 else 2)
     model = build()
-    one, alone = statistics_of(model, rows, method=method, batch_size=batch_size)
-    many, result = statistics_of(model, rows, method=method, batch_size=batch_size, engine="serial")
-    assert many == one
-    assert result.rounds == alone.rounds
-    assert result.samples == 300
+    one, alone = statistics_of(model, rows, method=method, batch_size=batch_size, unbiased=batch_size == 7)
+    for size in (1, 2, 4):
+        monkeypatch.setattr(shards, "shard_size", lambda *_, size=size: size)
+        many, result = statistics_of(
+            model, rows, method=method, batch_size=batch_size, unbiased=batch_size == 7, engine="serial"
+        )
+        assert many == one
+        assert (result.rounds, result.batches, result.samples) == (alone.rounds, alone.batches, 300)
+        assert [layer.n for layer in result.layers] == [layer.n for layer in alone.layers]
 
 
-def test_a_layer_that_is_used_several_times_is_pooled_over_its_uses_and_the_shards(tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_is_used_several_times_counts_every_use_over_the_shards(method, tmp_path):
     i = nets.keras.Input((6,))
     shared = nets.L.BatchNormalization(name="shared")
-    model = nets.keras.Model(i, nets.L.Add()([shared(nets.L.Dense(4)(i)), shared(nets.L.Dense(4)(i))]))
+    model = nets.keras.Model(i, nets.L.Add()([shared(nets.L.Dense(4)(i)) for _ in range(3)]))
     np.save(tmp_path / "x.npy", nets.data(n=90, shape=(6,)))
     path = str(tmp_path / "x.npy")
-    one, _ = statistics_of(model, path, batch_size=8)
-    many, result = statistics_of(model, path, batch_size=8, engine="serial")
+    one, _ = statistics_of(model, path, batch_size=8, method=method)
+    many, result = statistics_of(model, path, batch_size=8, method=method, engine="serial")
     assert many == one
-    assert result.layers[0].n == 180
+    assert result.layers[0].n == 270
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_are_frozen_or_not_asked_for_are_in_shards_what_they_are_in_one_process(method, rows):
+    model = nets.branches()
+    model.get_layer("left").trainable = False
+    one, _ = statistics_of(model, rows, method=method, batch_size=16, layers=["left", "right", "f*"])
+    many, result = statistics_of(
+        model, rows, method=method, batch_size=16, layers=["left", "right", "f*"], engine="serial"
+    )
+    assert many == one
+    assert [layer.name for layer in result.layers] == ["right", "fine"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_in_which_a_layer_sees_nothing_because_of_a_mask_give_the_bits_of_one_process(method, tmp_path):
+    i = nets.keras.Input((5, 3))
+    x = nets.L.BatchNormalization(name="first")(nets.L.Masking()(i))
+    model = nets.stir(
+        nets.keras.Model(i, nets.L.BatchNormalization(name="second")(nets.L.Dense(4)(nets.L.Flatten()(x))))
+    )
+    x = nets.data(n=90, shape=(5, 3))
+    x[16:48] = 0
+    np.save(tmp_path / "x.npy", x)
+    path = str(tmp_path / "x.npy")
+    one, _ = statistics_of(model, path, batch_size=8, method=method)
+    many, result = statistics_of(model, path, batch_size=8, method=method, engine="serial")
+    assert many == one
+    assert result.layers[0].n == 5 * 58
+
+
+@pytest.mark.parametrize("method", ["population", "moving"])
+@pytest.mark.parametrize("count", [33, 70, 250])
+def test_an_engine_takes_batches_by_number_from_an_object_and_divides_any_number_of_them(count, method):
+    model = nets.branches()
+    one, _ = statistics_of(model, work.Elevens(count), method=method)
+    many, result = statistics_of(model, work.Elevens(count), method=method, engine="serial")
+    assert many == one
+    assert (result.samples, result.batches) == (count, -(-count // 11))
 
 
 def test_the_size_of_a_shard_is_a_power_of_two_and_gives_every_worker_work():
@@ -68,20 +113,38 @@ def test_the_size_of_a_shard_is_a_power_of_two_and_gives_every_worker_work():
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "message"),
+    ("given", "options", "message"),
     [
         (np.ones((40, 8, 8, 3), np.float32), {}, "data must be a path"),
-        (None, {"method": "moving"}, "depends on the order"),
+        (lambda: [np.ones((40, 8, 8, 3), np.float32)], {}, "data must be a path"),
         (None, {"engine": "spark"}, "engine: expected one of"),
         (None, {"minimum": 1000}, "300 samples, at least 1000 needed"),
     ],
 )  # fmt: skip
-def test_what_cannot_run_on_an_engine_is_refused_and_the_model_is_as_it_was(data, options, message, rows):
+@pytest.mark.parametrize("method", ["population", "moving"])
+def test_what_cannot_run_on_an_engine_is_refused_and_the_model_is_as_it_was(given, options, message, method, rows):
     model = nets.branches()
     before = [w.tobytes() for w in model.get_weights()]
     with pytest.raises(InvalidValue, match=message):
-        calibrate(model, rows if data is None else data, **{"engine": "serial", **options})
+        calibrate(model, rows if given is None else given, **{"engine": "serial", "method": method, **options})
     assert [w.tobytes() for w in model.get_weights()] == before
+
+
+def remembers():
+    """A recurrent layer that goes on from the last batch's state."""
+    i = nets.keras.Input(batch_shape=(10, 4, 3))
+    return nets.keras.Model(i, nets.L.BatchNormalization()(nets.L.LSTM(5, stateful=True)(i)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_whose_batches_depend_on_each_other_is_refused_on_an_engine(method, tmp_path):
+    np.save(tmp_path / "x.npy", nets.data(n=80, shape=(4, 3)))
+    model = remembers()
+    before = [w.tobytes() for w in model.get_weights()]
+    with pytest.raises(InvalidValue, match=r"depends on the batches before it .* leave engine out"):
+        calibrate(model, str(tmp_path / "x.npy"), method=method, batch_size=10, engine="serial")
+    assert [w.tobytes() for w in model.get_weights()] == before
+    assert calibrate(model, str(tmp_path / "x.npy"), method=method, batch_size=10).samples == 80
 
 
 def test_a_run_on_an_engine_resumes_from_its_checkpoint_to_the_same_bits(rows, tmp_path, monkeypatch):
@@ -104,6 +167,55 @@ def test_a_run_on_an_engine_resumes_from_its_checkpoint_to_the_same_bits(rows, t
     assert many == one
     assert any("resumed" in note for note in result.notes)
     assert not os.path.exists(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["precise", "average", "moving"])
+@pytest.mark.parametrize("engines", [("serial", "serial"), ("serial", None), (None, "serial")])
+def test_one_pass_that_was_interrupted_goes_on_with_or_without_an_engine_to_the_same_bits(
+    method, engines, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(shards, "shard_size", lambda *_: 4)
+    model, checkpoint = nets.branches(), str(tmp_path / "run.npz")
+    one, _ = statistics_of(model, rows, method=method, batch_size=13)
+
+    def interrupt(done, total, what):
+        assert total == 24
+        if done >= 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        statistics_of(
+            model, rows, method=method, batch_size=13, engine=engines[0], resume=checkpoint, progress=interrupt
+        )
+    again, told = [], []
+    monkeypatch.setattr(shards, "work_once", lambda part, work=shards.work_once: again.append(part) or work(part))
+    many, result = statistics_of(
+        model,
+        rows,
+        method=method,
+        batch_size=13,
+        engine=engines[1],
+        resume=checkpoint,
+        progress=lambda *a: told.append(a),
+    )
+    assert many == one
+    assert (result.samples, result.batches) == (300, 24)
+    assert "resumed after 8 batches" in result.notes
+    assert told[0][0] == (12 if engines[1] else 9)
+    assert told[-1] == (24, 24, "batch 24")
+    assert [part.first for part in again] == ([8, 12, 16, 20] if engines[1] else [])
+    assert not os.path.exists(checkpoint)
+
+
+def test_data_that_end_earlier_than_they_said_are_refused(rows, monkeypatch):
+    iterate = data.Batches.iterate
+    monkeypatch.setattr(
+        data.Batches, "iterate", lambda self, skip=0: itertools.islice(iterate(self, skip), max(0, 3 - skip))
+    )
+    for method in METHODS:
+        with pytest.raises(InvalidValue, match="ends after 3 batches; there were more"):
+            calibrate(nets.branches(), rows, method=method, batch_size=32, engine="serial", workers=1)
 
 
 @pytest.mark.parametrize("engine", ["local", "dask", pytest.param("ray", marks=pytest.mark.slow)])

@@ -27,6 +27,21 @@ def block_moments(block):
     return moments(1e4 + 1e-2 * rng.standard_normal((rows, 8)))
 
 
+class Elevens:
+    """Batches of eleven, by number, and a shorter last one."""
+
+    def __init__(self, count):
+        from tests.calibrate import nets
+
+        self.x = nets.data(n=count)
+
+    def __len__(self):
+        return -(-len(self.x) // 11)
+
+    def __getitem__(self, number):
+        return self.x[11 * number : 11 * number + 11]
+
+
 def always_dies(block):
     """Kills its process if block is 3, every time."""
     if block == 3:
