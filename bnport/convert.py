@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
-from bnport.containers.files import check_output, replace_file, sha256
+from bnport.containers.files import Digest, check_output, replace_file, sha256
 from bnport.containers.in_place import change, check_changeable
 from bnport.engines import engine_of, run_layers
 from bnport.errors import InvalidValue, printable
@@ -88,15 +88,14 @@ def convert(
         else:
             check_output(destination, force=force, inputs=inputs)
 
+    digests = {p: Digest(p) for p in paths(source)}  # computed while everything else goes on
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_some(target, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     match.raise_if_bad()
     changes, notes = plan(sources, targets, match.pairs, fields=fields, momentum=momentum)
 
-    report = Outcome(
-        sources, targets, match, changes, notes, partial=fields != set(WRITABLE), source_path=path_of(source)
-    )
+    report = Outcome(sources, targets, match, changes, notes, partial=fields != set(WRITABLE), digests=digests)
     if dry_run:
         return report.planned()
     adapter = adapters.load(targets.format)
@@ -130,7 +129,8 @@ def convert(
             raise _NotTheSame
 
     known = (adapter.patches if in_place else adapter.write).__kwdefaults__ or {}
-    writing = {name: value for name, value in (target_options or {}).items() if name in known}
+    options = {**(target_options or {}), "opened": targets.opened}
+    writing = {name: value for name, value in options.items() if name in known}
 
     def build(new: str) -> None:
         adapter.write(path, changes, new, **writing)

@@ -132,6 +132,7 @@ class Layers(dict[str, Layer]):
     source: a path or a description of the live object, for messages.
     format: the adapter's name ("torch", "keras", ...).
     notes:  what a user should know about the source as a whole.
+    opened: what the adapter holds of the file, so that its `write` and `patches` need not open it again; else None.
     """
 
     def __init__(self, layers: Iterable[Layer] = (), *, source: str, format: str, notes: Iterable[str] = ()) -> None:
@@ -139,6 +140,7 @@ class Layers(dict[str, Layer]):
         self.source = source
         self.format = format
         self.notes = tuple(notes)
+        self.opened: object = None
 
 
 class Change(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from bnport.containers.files import Digest
 from bnport.engines import run_layers
 from bnport.errors import MatchError, listed
 from bnport.layer import Layers
@@ -16,6 +15,7 @@ from bnport.verify import Report, check_bits, compare, with_checks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from bnport.containers.files import Digest
     from bnport.engines import Engine
     from bnport.layer import Change, Layer
     from bnport.match import Match
@@ -35,10 +35,10 @@ class Outcome:
         notes: Mapping[str, tuple[str, ...]],
         *,
         partial: bool,
-        source_path: str | None = None,
+        digests: Mapping[str, Digest],
     ) -> None:
         self.sources, self.targets, self.match, self.changes, self.notes = sources, targets, match, changes, notes
-        self.digests = {p: Digest(p) for p in paths(source_path)}  # computed while the output is written
+        self.digests = digests
         # with --only the target is not meant to become the source's function, so each layer is its own reference
         self.references = {name: change.record for name, change in changes.items()} if partial else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import bnport
 from bnport.cli import main
+from bnport.containers.files import Digest, sha256
 from bnport.errors import MatchError, Unrepresentable
 
 from .test_cli import DIGITS, PTH, TWIN
@@ -100,3 +102,19 @@ def test_the_format_of_the_target_can_be_given(tmp_path):
     assert main(["convert", PTH, TWIN, "-o", str(out), "--target-option", "format=keras"]) == 0
     assert main(["convert", PTH, TWIN, "-o", str(tmp_path / "x"), "--target-option", "format=torch"]) == 2
     assert (DIGITS / "twin.keras").exists()
+
+
+def test_a_digest_is_sha256_and_stops_when_nobody_wants_it_any_more(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(256)) * 5000)
+    assert Digest(str(path)).result() == sha256(str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    endless = tmp_path / "endless"
+    with open(endless, "wb") as file:
+        file.truncate(1 << 44)
+    digest = Digest(str(endless))
+    thread = digest._thread
+    del digest
+    thread.join(10)
+    assert not thread.is_alive()
+    with pytest.raises(FileNotFoundError):
+        Digest(str(tmp_path / "nix")).result()

@@ -70,44 +70,48 @@ class ReadFile:
 
 def sha256(path: str) -> str:
     """The hex digest of a file's bytes, read in blocks."""
+    return _hashed(path, lambda: True)
+
+
+def _hashed(path: str, wanted: Callable[[], object]) -> str:
     import hashlib
 
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    digest, block = hashlib.sha256(), bytearray(1 << 18)
+    with open(path, "rb", buffering=0) as file:
+        while wanted() and (count := file.readinto(block)):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
 
 
 class Digest:
-    """The sha256 of a file, computed on a thread while other work goes on (hashing releases the interpreter's lock)."""
+    """The sha256 of a file, computed on a thread while other work goes on (hashing releases the interpreter's lock).
+
+    The thread ends early once nobody refers to the Digest any more: a conversion that was refused leaves no work behind.
+    """
 
     def __init__(self, path: str) -> None:
         import threading
+        import weakref
 
-        self._outcome: str | Exception = ""
-        self._path = path
-        self._thread = threading.Thread(target=self._compute, daemon=True)
+        self._outcome: list[str | Exception] = []
+        wanted = weakref.ref(self)
+        self._thread = threading.Thread(target=_compute, args=(path, wanted, self._outcome), daemon=True)
         self._thread.start()
-
-    def _compute(self) -> None:
-        try:
-            self._outcome = sha256(self._path)
-        except Exception as error:  # raised where somebody waits for the result
-            self._outcome = error
 
     def result(self) -> str:
         """The hex digest; waits for it. Raises what reading the file raised."""
         self._thread.join()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+        outcome = self._outcome[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
-def _digest(file: object) -> str:  # Python 3.10
-    import hashlib
-
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):  # type: ignore[attr-defined]
-        digest.update(block)
-    return digest.hexdigest()
+def _compute(path: str, wanted: Callable[[], object], outcome: list[str | Exception]) -> None:
+    try:
+        outcome.append(_hashed(path, wanted))
+    except Exception as error:  # raised where somebody waits for the result
+        outcome.append(error)
 
 
 def copy_contents(source: str, out_descriptor: int) -> None:

@@ -84,7 +84,13 @@ def contents(path: str, *, absent: str | None = None, stat: str | None = None, e
 
 
 def write(
-    target: str, changes: Mapping[str, Change], out: str, *, absent: str | None = None, stat: str | None = None
+    target: str,
+    changes: Mapping[str, Change],
+    out: str,
+    *,
+    absent: str | None = None,
+    stat: str | None = None,
+    opened: Contents | None = None,
 ) -> None:
     """Make, at the new path `out`, a copy of the file `target` with the changes; all else stays byte for byte.
 
@@ -93,11 +99,16 @@ def write(
     """
     from bnport.adapters.keras.writing import write as write_file
 
-    write_file(contents(target, absent=absent, stat=stat), changes, out)
+    write_file(opened or contents(target, absent=absent, stat=stat), changes, out)
 
 
 def patches(
-    target: str, changes: Mapping[str, Change], *, absent: str | None = None, stat: str | None = None
+    target: str,
+    changes: Mapping[str, Change],
+    *,
+    absent: str | None = None,
+    stat: str | None = None,
+    opened: Contents | None = None,
 ) -> list[Patch]:
     """The changes as bytes at offsets of the file `target`, which keeps its length; InvalidValue where they are more.
 
@@ -105,7 +116,7 @@ def patches(
     """
     from bnport.adapters.keras.writing import patches as patches_of
 
-    return patches_of(contents(target, absent=absent, stat=stat), changes)
+    return patches_of(opened or contents(target, absent=absent, stat=stat), changes)
 
 
 def apply(model: Any, changes: Mapping[str, Change]) -> None:

@@ -144,7 +144,9 @@ class Contents:
     def layers(self) -> Layers:
         """The Layers of the file."""
         found = [entry.layer(holds_epsilon=self.holds_epsilon) for entry in self.entries]
-        return Layers(found, source=self.path, format="keras", notes=self.notes)
+        layers = Layers(found, source=self.path, format="keras", notes=self.notes)
+        layers.opened = self
+        return layers
 
     def entry(self, name: str) -> Entry:
         """The entry of that name. Raises NotFound listing some there are."""
