@@ -110,7 +110,7 @@ def test_a_digest_is_sha256_and_stops_when_nobody_wants_it_any_more(tmp_path):
     assert Digest(str(path)).result() == sha256(str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
     endless = tmp_path / "endless"
     with open(endless, "wb") as file:
-        file.truncate(1 << 44)
+        file.truncate(1 << 42)
     digest = Digest(str(endless))
     thread = digest._thread
     del digest
