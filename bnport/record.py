@@ -41,8 +41,8 @@ def checked_epsilon(epsilon: object) -> float:
     return meant_epsilon(value)
 
 
-def _vector(name: str, value: ArrayLike) -> Array:
-    """A read-only float32 or float64 copy of shape (C,); 16-bit floats widen exactly, integers become float64."""
+def _numbers(name: str, value: ArrayLike) -> Array:
+    """A float32 or float64 array of shape (C,), not copied; 16-bit floats widen exactly, integers become float64."""
     array = np.asarray(value)
     if array.dtype.char not in "fd":
         if array.dtype.kind in "iu":
@@ -53,16 +53,22 @@ def _vector(name: str, value: ArrayLike) -> Array:
             raise InvalidValue(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
     if array.ndim != 1 or array.size == 0:
         raise InvalidValue(f"{name}: expected shape (channels,) with at least one channel, got {array.shape}")
-    copy = np.array(array, dtype=np.float32 if array.dtype.char == "f" else np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = np.dot(copy, copy)
-    if not math.isfinite(square):  # one fast pass; it overflows for some finite values too
-        finite = np.isfinite(copy)
+    return array
+
+
+def _refuse_not_finite(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        finite = np.isfinite(array)
         if not finite.all():
             channel = int(np.argmin(finite))
-            raise InvalidValue(f"{name}: channel {channel} is {copy[channel]}; every value must be finite")
-    copy.flags.writeable = False
-    return copy
+            raise InvalidValue(f"{name}: channel {channel} is {array[channel]}; every value must be finite")
+
+
+def _vector(name: str, value: ArrayLike) -> Array:
+    """_numbers, all of them finite, as float64."""
+    array = _numbers(name, value)
+    _refuse_not_finite(**{name: array})
+    return array.astype(np.float64)
 
 
 def first_channels(bad: Array, limit: int = 5) -> str:
@@ -76,15 +82,17 @@ class BatchNorm:
     """gamma, beta, mean, variance of shape (C,), and epsilon. Immutable, complete, validated once.
 
     Arguments are keyword-only, because four arrays of one shape cannot be told apart by position. An absent gamma is
-    ones and an absent beta zeros, which is exact. Arrays are copied, kept as float32 or float64 (16-bit values widen
-    exactly), and read-only. A negative variance is legal iff variance + epsilon > 0, and is kept as it is (a published
-    MobileNet has -1e-5). An epsilon that is a float32 value reads as the decimal that was meant.
+    ones and an absent beta zeros, which is exact. Arrays are copied into `values`, read-only, of shape (4, C) in the order
+    of FIELDS: float32, or float64 if one of them is (16-bit values widen exactly). A negative variance is legal iff
+    variance + epsilon > 0, and is kept as it is (a published MobileNet has -1e-5). An epsilon that is a float32 value reads
+    as the decimal that was meant.
 
     Raises InvalidValue on wrong shapes or dtypes, NaN or infinity, or variance + epsilon <= 0.
     """
 
-    __slots__ = ("beta", "epsilon", "gamma", "mean", "variance")
+    __slots__ = ("beta", "epsilon", "gamma", "mean", "values", "variance")
 
+    values: Array
     gamma: Array
     beta: Array
     mean: Array
@@ -102,15 +110,21 @@ class BatchNorm:
     ) -> None:
         put = object.__setattr__
         put(self, "epsilon", checked_epsilon(epsilon))
-        put(self, "mean", _vector("mean", mean))
-        put(self, "variance", _vector("variance", variance))
-        dtype = self.mean.dtype
-        put(self, "gamma", _vector("gamma", np.ones(self.mean.shape, dtype) if gamma is None else gamma))
-        put(self, "beta", _vector("beta", np.zeros(self.mean.shape, dtype) if beta is None else beta))
-        if not self.gamma.size == self.beta.size == self.mean.size == self.variance.size:
-            sizes = ", ".join(f"{name} {getattr(self, name).size}" for name in FIELDS)
-            raise InvalidValue(f"arrays of different lengths: {sizes}")
-        if not float(self.variance.min()) + self.epsilon > 0:
+        mean, variance = _numbers("mean", mean), _numbers("variance", variance)
+        gamma = np.ones(mean.shape, mean.dtype) if gamma is None else _numbers("gamma", gamma)
+        beta = np.zeros(mean.shape, mean.dtype) if beta is None else _numbers("beta", beta)
+        if not gamma.size == beta.size == mean.size == variance.size:
+            sizes = zip(FIELDS, (gamma, beta, mean, variance), strict=True)
+            raise InvalidValue(f"arrays of different lengths: {', '.join(f'{name} {a.size}' for name, a in sizes)}")
+        values = np.array((gamma, beta, mean, variance))
+        finite = np.isfinite(values).ravel()
+        if not finite[finite.argmin()]:
+            _refuse_not_finite(mean=mean, variance=variance, gamma=gamma, beta=beta)
+        values.setflags(write=False)
+        put(self, "values", values)
+        for name, row in zip(FIELDS, values, strict=True):
+            put(self, name, row)
+        if not self.variance.item(self.variance.argmin()) + self.epsilon > 0:
             bad = self.variance.astype(np.float64) + self.epsilon <= 0
             at = int(np.argmax(bad))
             raise InvalidValue(
@@ -136,9 +150,12 @@ class BatchNorm:
         """Same epsilon and the same four arrays bit for bit, once both are widened to float64."""
         if not isinstance(other, BatchNorm):
             return NotImplemented
-        return self.epsilon == other.epsilon and all(
-            _same_bits(getattr(self, field), getattr(other, field)) for field in FIELDS
-        )
+        if self.epsilon != other.epsilon:
+            return False
+        one, two = self.values, other.values
+        if one.dtype != two.dtype:
+            one, two = one.astype(np.float64), two.astype(np.float64)
+        return one.tobytes() == two.tobytes()
 
     @property
     def channels(self) -> int:
@@ -170,7 +187,7 @@ class BatchNorm:
         That covers Keras 0.x, pjreddie's CPU Darknet (epsilon outside the root), and MatConvNet, whose sigma already
         holds its epsilon (leave `epsilon` at 0 there). Raises InvalidValue unless std + epsilon > 0.
         """
-        divisor = _vector("std", std).astype(np.float64) + checked_epsilon(epsilon)
+        divisor = _vector("std", std) + checked_epsilon(epsilon)
         if (divisor <= 0).any():
             raise InvalidValue(f"std + epsilon must be positive: {first_channels(divisor <= 0)}")
         return cls(gamma=gamma, beta=beta, mean=mean, variance=divisor**2, epsilon=0.0)
@@ -185,7 +202,7 @@ class BatchNorm:
         variance = inverse_std**-2 - epsilon where that is >= 0 in every channel (then `epsilon` is kept, which suits
         fine-tuning), otherwise variance = inverse_std**-2 with epsilon 0. Both are the same function.
         """
-        inverse = _vector("inverse_std", inverse_std).astype(np.float64)
+        inverse = _vector("inverse_std", inverse_std)
         if (inverse <= 0).any():
             raise InvalidValue(f"inverse_std must be positive: {first_channels(inverse <= 0)}")
         total, epsilon = inverse**-2.0, checked_epsilon(epsilon)
@@ -208,7 +225,7 @@ class BatchNorm:
             raise InvalidValue(f"scale factor: expected a finite number >= 0, got {factor!r}")
         if factor == 0 and not allow_zero_factor:
             raise InvalidValue("scale factor 0: this layer holds no statistics (it never saw data)")
-        sums = _vector("mean", mean_sum).astype(np.float64), _vector("variance", variance_sum).astype(np.float64)
+        sums = _vector("mean", mean_sum), _vector("variance", variance_sum)
         mean, variance = (s / factor if factor else s * 0.0 for s in sums)
         return cls(gamma=gamma, beta=beta, mean=mean, variance=variance, epsilon=epsilon)
 
@@ -218,7 +235,8 @@ class BatchNorm:
 
         With epsilon 0 (the default) this is bit-exact. The true statistics are not recoverable from an affine.
         """
-        slope = _vector("slope", slope)
+        slope = _numbers("slope", slope)
+        _refuse_not_finite(slope=slope)
         epsilon = checked_epsilon(epsilon)
         zeros = np.zeros(slope.shape, slope.dtype)
         if epsilon < 1:
@@ -422,12 +440,6 @@ class Fit(NamedTuple):
 
     record: BatchNorm
     notes: tuple[str, ...]
-
-
-def _same_bits(one: Array, other: Array) -> bool:
-    if one.dtype != other.dtype:
-        one, other = one.astype(np.float64), other.astype(np.float64)
-    return one.tobytes() == other.tobytes()
 
 
 def _rebuild(gamma: Array, beta: Array, mean: Array, variance: Array, epsilon: float) -> BatchNorm:

@@ -12,18 +12,19 @@ run       the real layer's output at the probes against the reference formula in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from bnport._lazy import np
+from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.errors import InvalidValue
 from bnport.record import FIELDS, BatchNorm
 from bnport.rounding import UNIT_ROUNDOFF, round_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import Any, TypeAlias
 
     from bnport.layer import Change, Layer
     from bnport.record import Array
+
+    _Pair: TypeAlias = tuple[str, BatchNorm, BatchNorm, float]  # target layer, source's, held, unit roundoff
 
 EXACT, BOUNDED, DIFFERENT, INVALID = "exact", "bounded", "different", "invalid"
 
@@ -56,9 +57,8 @@ class Compared(NamedTuple):
 
     def affine(self) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
         """Per channel, for the slope and for the intercept: the source's, the one held, and error / bound."""
-        starts = np.array([0, self.source.channels])
-        a, b, size = _affine([self.source], starts)
-        new_a, new_b, new_size = _affine([self.held], starts)
+        a, b, size = _affine([self.source], [self.source.channels])
+        new_a, new_b, new_size = _affine([self.held], [self.held.channels])
         unit = 4 * UNIT_ROUNDOFF[self.dtype]
         ratio_a = _ratio(np.abs(new_a - a), unit * np.abs(a))
         return (a, new_a, ratio_a), (b, new_b, _ratio(np.abs(new_b - b), unit * np.maximum(size, new_size)))
@@ -148,68 +148,80 @@ def compare(
     A layer whose numbers are not BatchNorm parameters (NaN, variance + epsilon <= 0) is reported as invalid.
     """
     reports: dict[str, LayerReport] = {}
-    rounded: list[tuple[str, BatchNorm, BatchNorm, float]] = []
+    rounded: list[_Pair] = []
     for target, source in pairs.items():
+        held = targets[target]
         try:
-            ours, theirs = sources[source].record, targets[target].record
+            ours, theirs = sources[source].record, held.record
             if ours.channels != theirs.channels:
                 raise InvalidValue(f"{ours.channels} channels in {source}, {theirs.channels} in {target}")
         except InvalidValue as error:
-            reports[target] = LayerReport(target, source, targets[target].channels, INVALID, notes=(str(error),))
+            reports[target] = LayerReport(target, source, held.channels, INVALID, notes=(str(error),))
             continue
-        if ours == theirs:
-            reports[target] = LayerReport(
-                target, source, ours.channels, EXACT, _ALL_EQUAL, compared=Compared(ours, theirs, targets[target].dtype)
-            )
-        else:
-            rounded.append((target, ours, theirs, UNIT_ROUNDOFF[targets[target].dtype]))
-    for (target, ours, theirs, _), checks in zip(rounded, _affine_checks(rounded), strict=True):
+        both = Compared(ours, theirs, held.dtype)
+        reports[target] = LayerReport(target, source, ours.channels, EXACT, _ALL_EQUAL, compared=both)
+        if ours != theirs:
+            rounded.append((target, ours, theirs, UNIT_ROUNDOFF[held.dtype]))
+    for (target, *_), checks in zip(rounded, _affine_checks(rounded), strict=True):
         status = BOUNDED if all(check.ok for check in checks) else DIFFERENT
-        both = Compared(ours, theirs, targets[target].dtype)
-        reports[target] = LayerReport(target, pairs[target], ours.channels, status, checks, compared=both)
-    return {target: reports[target] for target in pairs}
+        reports[target] = reports[target]._replace(status=status, checks=checks)
+    return reports
 
 
 _ALL_EQUAL = (Check("a", 0.0, 0.0, 0.0, 0), Check("b", 0.0, 0.0, 0.0, 0))
+_TOGETHER = 1 << 11  # channels worked on at once: a core's cache holds the arrays, and the allocator keeps them
 
 
-def _affine_checks(pairs: list[tuple[str, BatchNorm, BatchNorm, float]]) -> list[tuple[Check, Check]]:
-    if not pairs:
-        return []
-    starts = np.cumsum([0] + [ours.channels for _, ours, _, _ in pairs])
-    unit = np.repeat([unit for *_, unit in pairs], np.diff(starts))
-    a, b, size = _affine([ours for _, ours, _, _ in pairs], starts)
-    new_a, new_b, new_size = _affine([theirs for _, _, theirs, _ in pairs], starts)
-    checks = []
-    for name, error, bound in (
-        ("a", np.abs(new_a - a), 4 * unit * np.abs(a)),
-        ("b", np.abs(new_b - b), 4 * unit * np.maximum(size, new_size)),
-    ):
-        ratio = _ratio(error, bound)
-        worst = np.maximum.reduceat(ratio, starts[:-1])
-        row = []
-        for start, end, top in zip(starts[:-1], starts[1:], worst, strict=True):
-            at = int(start + np.argmax(ratio[start:end])) if top > 0 else int(start)
-            row.append(Check(name, float(error[at]), float(bound[at]), float(top), at - int(start)))
-        checks.append(row)
-    return list(zip(*checks, strict=True))
+def _affine_checks(pairs: list[_Pair]) -> Iterator[tuple[Check, Check]]:
+    together: list[_Pair] = []
+    channels = 0
+    for pair in pairs:
+        together.append(pair)
+        channels += pair[1].channels
+        if channels >= _TOGETHER:
+            yield from _checks_of(together)
+            together, channels = [], 0
+    if together:
+        yield from _checks_of(together)
 
 
-def _affine(records: list[BatchNorm], starts: Array) -> tuple[Array, Array, Array]:
-    """(a, b, |beta| + |a mean|) over all channels of all records, with epsilon as float32."""
-    gamma, beta, mean, variance = (
-        np.concatenate([getattr(r, field) for r in records], dtype=np.float64) for field in FIELDS
-    )
-    epsilon = np.repeat(np.array([r.epsilon for r in records], np.float32).astype(np.float64), np.diff(starts))
-    a = gamma / np.sqrt(variance + epsilon)
-    return a, beta - mean * a, np.abs(beta) + np.abs(a * mean)
+def _checks_of(pairs: list[_Pair]) -> Iterator[tuple[Check, Check]]:
+    """The checks on a and b of each pair, computed over the channels of all of them."""
+    counts = [ours.channels for _, ours, _, _ in pairs]
+    a, b, size = _affine([ours for _, ours, _, _ in pairs], counts)
+    new_a, new_b, new_size = _affine([theirs for _, _, theirs, _ in pairs], counts)
+    unit = np.repeat([4 * unit for *_, unit in pairs], counts)
+    errors = np.abs(new_a - a), np.abs(new_b - b)
+    bounds = unit * np.abs(a), unit * np.maximum(size, new_size)
+    ratios = [_ratio(error, bound) for error, bound in zip(errors, bounds, strict=True)]
+    end = 0
+    for count in counts:
+        start, end = end, end + count
+        found = []
+        for name, error, bound, ratio in zip("ab", errors, bounds, ratios, strict=True):
+            channel = int(ratio[start:end].argmax())
+            at = start + channel
+            found.append(Check(name, error.item(at), bound.item(at), ratio.item(at), channel))
+        yield found[0], found[1]
+
+
+def _affine(records: list[BatchNorm], counts: list[int]) -> tuple[Array, Array, Array]:
+    """(a, b, |beta| + |a mean|) over the channels of all records (`counts` of them each), with epsilon as float32."""
+    gamma, beta, mean, variance = np.concatenate([r.values for r in records], axis=1).astype(np.float64)
+    variance += np.repeat(np.array([r.epsilon for r in records], np.float32).astype(np.float64), counts)
+    a = np.divide(gamma, np.sqrt(variance, out=variance), out=gamma)
+    shift = np.multiply(mean, a, out=mean)
+    size = np.abs(beta) + np.abs(shift)
+    return a, np.subtract(beta, shift, out=beta), size
 
 
 def _ratio(error: Array, bound: Array) -> Array:
     """error / bound, with 0 where the error is 0, and NaN counted as infinitely wrong."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio: Array = np.where(error == 0, 0.0, error / bound)
-    return np.where(np.isnan(ratio), np.inf, ratio)
+        ratio: Array = error / bound
+    ratio[np.isnan(ratio)] = np.inf
+    ratio[error == 0] = 0.0
+    return ratio
 
 
 def check_bits(

@@ -117,8 +117,33 @@ def test_arrays_are_copied_and_read_only():
     assert bn.mean[0] == 0
     with pytest.raises(ValueError, match="read-only"):
         bn.mean[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        bn.values[3, 0] = 1
     with pytest.raises(AttributeError, match="immutable"):
         bn.mean = mean
+
+
+def test_the_values_are_the_four_arrays_in_the_order_of_the_fields():
+    bn = BatchNorm(gamma=[1.0, 2], beta=[3.0, 4], mean=[5.0, 6], variance=[7.0, 8], epsilon=0)
+    assert bn.values.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert [getattr(bn, field).tolist() for field in ("gamma", "beta", "mean", "variance")] == bn.values.tolist()
+
+
+def test_one_float64_array_widens_the_others_exactly():
+    third = np.array([1 / 3], np.float32)
+    bn = BatchNorm(mean=third, variance=np.array([1 / 3]), epsilon=0)
+    assert bn.mean.dtype == bn.variance.dtype == np.float64
+    assert bn.mean[0] == float(third[0])
+    assert bn.variance[0] == 1 / 3
+
+
+@pytest.mark.parametrize("field", ["gamma", "beta", "mean", "variance"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_by_field_and_channel(field, bad):
+    values = {name: np.ones(5, np.float32) for name in ("gamma", "beta", "mean", "variance")}
+    values[field][3] = bad
+    with pytest.raises(InvalidValue, match=f"{field}: channel 3 is {bad}; every value must be finite"):
+        BatchNorm(**values, epsilon=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -73,6 +73,28 @@ def test_one_wrong_layer_among_a_thousand_is_the_only_one_reported():
     assert [name for name, result in results.items() if not result.ok] == ["l500"]
 
 
+def test_layers_that_are_checked_together_are_checked_as_each_alone():
+    widths = (1, 700, 3000, 5, 2048, 1, 1999, 64)
+    records = {f"l{n}": telling(width, seed=n, epsilon=1e-3 if n % 2 else 1e-5) for n, width in enumerate(widths)}
+    held = {
+        name: bn.replace(gamma=np.nextafter(bn.gamma, np.float32(9))) if name != "l3" else bn
+        for name, bn in records.items()
+    }
+    held["l6"] = held["l6"].replace(epsilon=1.01e-5)
+    together = compare(layers_of(records), layers_of(held), {name: name for name in reversed(records)})
+    assert list(together) == list(reversed(records))
+    for name, bn in records.items():
+        alone = compare(layers_of({name: bn}), layers_of({name: held[name]}), {name: name})[name]
+        assert together[name][:5] == alone[:5]
+    assert [report.status for report in together.values()] == [
+        BOUNDED,
+        DIFFERENT,
+        *[BOUNDED] * 2,
+        EXACT,
+        *[BOUNDED] * 3,
+    ]
+
+
 def test_numbers_that_are_no_batchnorm_are_invalid_not_a_crash():
     broken = layers_of({"b": telling()})
     arrays = {**broken["b"].arrays(), "variance": np.full(16, np.nan, np.float32)}
