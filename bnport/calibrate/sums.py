@@ -22,9 +22,11 @@ from bnport._lazy import np
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import ThreadPoolExecutor
-    from typing import Any
+    from typing import Any, TypeVar
 
     from bnport.record import Array
+
+    Result = TypeVar("Result")
 
 WIDTH = 768  # columns of a tiled float64 row: 6 kB, so that the running sums stay in the first-level cache
 PIECE = 65536  # float64 elements of a piece: 512 kB, within a second-level cache
@@ -124,22 +126,26 @@ def in_parts(
     function: Callable[[Array, Array], tuple[Array, Array]], array: Array, shift: Array
 ) -> tuple[Array, Array]:
     """function(array, shift) by parts of about SPLIT elements along the first axis, in threads, added up in order."""
-    if array.flags.c_contiguous and function is shifted_sums:
+
+    def part(array: Array) -> tuple[Array, Array]:
+        with np.errstate(over="ignore", invalid="ignore"):  # a thread has its own; the result is checked
+            return function(array, shift)
+
+    total, squares = np.zeros((2, shift.size))
+    for t, q in _in_threads(part, array, rows=function is shifted_sums):
+        total, squares = total + t, squares + q
+    return total, squares
+
+
+def _in_threads(function: Callable[[Array], Result], array: Array, rows: bool) -> Iterator[Result]:
+    """function(part) for parts of about SPLIT elements, in order; `rows`: all axes but the last may become one."""
+    if array.flags.c_contiguous and rows:
         array = array.reshape(-1, array.shape[-1])
     array = array[None] if array.ndim == 1 else array
     step = max(1, SPLIT // max(1, array[0].size))
-
-    def part(start: int) -> tuple[Array, Array]:
-        with np.errstate(over="ignore", invalid="ignore"):  # a thread has its own; the result is checked
-            return function(array[start : start + step], shift)
-
-    starts = range(0, len(array), step)
-    count = min(threads(), len(starts))
-    found = map(part, starts) if count < 2 else _pool(threads()).map(part, starts)
-    total, squares = np.zeros((2, shift.size))
-    for t, q in found:
-        total, squares = total + t, squares + q
-    return total, squares
+    parts = [array[start : start + step] for start in range(0, len(array), step)]
+    count = min(threads(), len(parts))
+    return map(function, parts) if count < 2 else _pool(threads()).map(function, parts)
 
 
 def threads() -> int:
@@ -166,11 +172,20 @@ def _pool(count: int) -> ThreadPoolExecutor:
 
 
 def integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
-    """Exact sum and sum of squares per channel of integers of magnitude <= bound <= 2**21; array (..., C).
+    """Exact sum and sum of squares per channel of integers of magnitude <= bound <= 2**21; array (..., C); in threads.
 
     Every partial sum is an integer that the buffer's float type holds exactly (below 2**24 in float32 for bytes, below
     2**53 in float64 for the rest), so no addition rounds, in whatever order; totals are int64, then Python integers.
     """
+    channels = array.shape[-1]
+    total, squares = [0] * channels, [0] * channels
+    for t, q in _in_threads(lambda part: _integer_sums(part, bound), array, rows=True):
+        total = [a + b for a, b in zip(total, t, strict=True)]
+        squares = [a + b for a, b in zip(squares, q, strict=True)]
+    return total, squares
+
+
+def _integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
     channels = array.shape[-1]
     small = bound <= 255
     dtype, exact = (np.float32, 1 << 24) if small else (np.float64, 1 << 53)

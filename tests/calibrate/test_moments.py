@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from bnport.calibrate import sums
 from bnport.calibrate.moments import ExactMoments, Moments, Tree, exact_moments, merge, merge_all, moments
 from bnport.errors import FormatError, InvalidValue
 
@@ -150,6 +151,21 @@ def test_the_largest_bytes_everywhere_do_not_overflow_a_partial_sum():
     assert exact_moments(x) == ExactMoments(len(x), [255 * len(x)] * 3, [255 * 255 * len(x)] * 3)
     wide = np.full((300_001, 2), -(2**21), np.int32)
     assert exact_moments(wide) == ExactMoments(len(wide), [-(2**21) * len(wide)] * 2, [2**42 * len(wide)] * 2)
+
+
+@pytest.mark.parametrize("part", [1, 60, 1000])
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_exact_sums_shared_out_among_threads_miss_nothing_and_count_nothing_twice(part, dtype, monkeypatch):
+    monkeypatch.setattr(sums, "SPLIT", part)
+    monkeypatch.setattr(sums, "threads", lambda: 3)
+    x = np.random.default_rng(14).integers(0, 256, (17, 7, 9, 4)).astype(dtype)
+    columns = x.reshape(-1, 4).astype(object)
+    expected = ExactMoments(len(columns), columns.sum(axis=0), (columns * columns).sum(axis=0))
+    assert exact_moments(x) == expected
+    assert exact_moments(x[::-1]) == expected
+    assert exact_moments(x[:, :, ::-1]) == expected
+    assert exact_moments(np.ascontiguousarray(np.moveaxis(x, -1, 1)), axis=1) == expected
+    assert exact_moments(x.ravel(), axis=0).total == tuple(x.ravel().tolist())
 
 
 def test_exact_moments_merge_in_any_order_to_the_same_integers():
