@@ -194,23 +194,19 @@ def _integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
     if high * bound * bound >= exact:
         raise ValueError(f"{high} rows of magnitude {bound} do not fit")
     flush = 512 if small else 8  # pieces * high * tiles * bound**2 < 2**63: at most 2**34 * 1536 and 2**53.2 * 768
-    limit = high * tiles * channels
-    buffer = scratch(limit, dtype)
-    row = np.empty(tiles * channels, dtype)
-    sums = np.zeros((2, tiles * channels), np.int64)
+    columns = tiles * channels
+    buffer = scratch(high * columns, dtype)
+    row = np.empty(columns, dtype)
+    sums = np.zeros((2, columns), np.int64)
     totals = np.zeros((2, channels), object)
-    for index, piece in enumerate(pieces(array, limit), 1):
-        flat = buffer[: piece.size]
-        np.copyto(flat.reshape(piece.shape), piece, casting="unsafe")
-        whole = piece.size // (tiles * channels) * tiles * channels
-        for block, columns in ((flat[:whole], tiles * channels), (flat[whole:], channels)):
-            if block.size:
-                block = block.reshape(-1, columns)
-                np.add.reduce(block, axis=0, out=row[:columns])
-                sums[0, :columns] += row[:columns].astype(np.int64)
-                np.multiply(block, block, out=block)
-                np.add.reduce(block, axis=0, out=row[:columns])
-                sums[1, :columns] += row[:columns].astype(np.int64)
+    for index, piece in enumerate(pieces(array, high * columns), 1):
+        flat = buffer[: -(-piece.size // columns) * columns]
+        flat[piece.size :] = 0  # the last row is filled up: as one column, its rows could be too many for exact sums
+        np.copyto(flat[: piece.size].reshape(piece.shape), piece, casting="unsafe")
+        block = flat.reshape(-1, columns)
+        sums[0] += np.add.reduce(block, axis=0, out=row).astype(np.int64)
+        np.multiply(block, block, out=block)
+        sums[1] += np.add.reduce(block, axis=0, out=row).astype(np.int64)
         if index % flush == 0:
             totals += sums.reshape(2, tiles, channels).sum(axis=1)
             sums[:] = 0

@@ -168,6 +168,14 @@ def test_exact_sums_shared_out_among_threads_miss_nothing_and_count_nothing_twic
     assert exact_moments(x.ravel(), axis=0).total == tuple(x.ravel().tolist())
 
 
+@pytest.mark.parametrize("rows", [1, 259, 511, 513, 767, 1535, 50_003])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_bright_pixels_that_fill_no_whole_tile_are_summed_exactly(rows, channels):
+    x = np.random.default_rng(15).integers(250, 256, (rows, channels), dtype=np.uint8)
+    wide = x.astype(np.int64)
+    assert exact_moments(x) == ExactMoments(rows, wide.sum(axis=0), (wide * wide).sum(axis=0))
+
+
 def test_exact_moments_merge_in_any_order_to_the_same_integers():
     rng = np.random.default_rng(6)
     x = rng.integers(0, 256, (1000, 3), dtype=np.uint8)
