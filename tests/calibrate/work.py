@@ -11,16 +11,20 @@ import numpy as np
 from bnport.calibrate.moments import moments
 
 
+def die_once(path):
+    """Kills this process by SIGKILL, unless the file is there; makes it first."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def block_moments(block):
     """Moments of made-up data for a (seed, rows, folder, number that dies) block; dies once by SIGKILL if told to."""
     seed, rows, folder, deadly = block
     if seed == deadly:
-        try:
-            os.close(os.open(os.path.join(folder, f"died-{seed}"), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            pass
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_once(os.path.join(folder, f"died-{seed}"))
     with open(os.path.join(folder, f"done-{seed}-{os.getpid()}-{time.monotonic_ns()}"), "w"):
         pass
     rng = np.random.default_rng(seed)
@@ -66,13 +70,17 @@ def shard_whose_worker_dies(task):
     from bnport.calibrate import shards
 
     if isinstance(task, shards.Task) and task.shard == 1 and task.known is None:
-        try:
-            os.close(os.open(os.environ["CANARY"], os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            pass
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_once(f"{os.environ['CANARY']}-{task.plan.method}")
     return shards.work(task)
+
+
+def part_whose_worker_dies(part):
+    """shards.work_once, but the worker of the shard from batch 8 on kills itself, once."""
+    from bnport.calibrate import shards
+
+    if part.first == 8:
+        die_once(f"{os.environ['CANARY']}-{part.plan.method}")
+    return shards.work_once(part)
 
 
 _calls = []
@@ -82,11 +90,31 @@ def counted(block):
     """(process, how often it was called), and the process ends if told so and the canary is new."""
     number, canary = block
     if canary is not None and number == 1:
-        try:
-            os.close(os.open(canary, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            pass
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_once(canary)
     _calls.append(number)
     return os.getpid(), _calls.count(number)
+
+
+def remembered(block):
+    """What this process was told for a number, None if nothing; ("tell", number, what) tells it."""
+    if block[0] == "tell":
+        _told[block[1]] = block[2]
+    elif block[1] == 1 and block[2] is not None:
+        die_once(block[2])
+    return _told.get(block[1])
+
+
+_told = {}
+
+
+def waits_for_the_other(block):
+    """Block 1 kills its process, and makes a file when it is done again; block 0 ends when that file is there."""
+    number, folder = block
+    if number == 1:
+        die_once(os.path.join(folder, "died"))
+        with open(os.path.join(folder, "redone"), "w"):
+            pass
+    deadline = time.monotonic() + 60
+    while not os.path.exists(os.path.join(folder, "redone")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return os.path.exists(os.path.join(folder, "redone"))
