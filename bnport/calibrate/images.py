@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from fractions import Fraction
+from operator import add
 from typing import TYPE_CHECKING, NamedTuple
 
 from bnport._lazy import np
@@ -36,6 +37,8 @@ RESAMPLE = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 PIXELS_LIMIT = 100_000_000  # of one image: 300 MB decoded; a larger one in a folder of images is a bomb
 BLOCK_BYTES = 8 << 20  # of files: 0.1 s or more of decoding
 BLOCK_FILES = 512
+BLOCKS = 64  # of smaller blocks down to LEAST_BYTES each, if the files are few: so that all workers end together
+LEAST_BYTES = 1 << 20
 
 
 class ImageStatistics:
@@ -296,24 +299,35 @@ class Counted(NamedTuple):
 
 
 def _blocks(paths: list[str], how: _How) -> Iterator[_Block]:
-    block, size = [], 0
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise NotFound(f"{printable(path)}: {error.strerror}") from None
-        if stat.S_ISDIR(status.st_mode):
+    """Files that are worth about the same work each, in order; a folder among the paths is a block of its own."""
+    sizes = [_size(path) for path in paths]
+    enough = min(BLOCK_BYTES, max(LEAST_BYTES, sum(size or 0 for size in sizes) // BLOCKS))
+    block: list[str] = []
+    taken = 0
+    for path, size in zip(paths, sizes, strict=True):
+        if size is None:
             yield _Block([path], how, folder=True)
             continue
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{printable(path)}: not a regular file")
         block.append(path)
-        size += status.st_size
-        if size >= BLOCK_BYTES or len(block) >= BLOCK_FILES:
+        taken += size
+        if taken >= enough or len(block) >= BLOCK_FILES:
             yield _Block(block, how)
-            block, size = [], 0
+            block, taken = [], 0
     if block:
         yield _Block(block, how)
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file; None for a folder."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise NotFound(f"{printable(path)}: {error.strerror}") from None
+    if stat.S_ISDIR(status.st_mode):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{printable(path)}: not a regular file")
+    return status.st_size
 
 
 def count_block(block: _Block) -> Counted:
@@ -325,7 +339,7 @@ def count_block(block: _Block) -> Counted:
     if block.folder:
         paths = [p for part in _blocks(find_images(paths[0], how.recursive)[0], how) for p in part.paths]
     channels = len(MODES[how.mode])
-    counts = np.zeros(channels * 256, np.int64)
+    counts = [0] * (channels * 256)  # a list, so that a worker starts without numpy
     wide = ExactMoments(0, [0] * channels, [0] * channels)
     converted: dict[str, int] = {}
     skipped: list[str] = []
@@ -342,15 +356,16 @@ def count_block(block: _Block) -> Counted:
             if how.mode == "I;16":
                 wide = wide.merge(exact_moments(np.asarray(image, np.uint16)[..., None]))
             else:
-                counts += image.histogram()
+                counts = list(map(add, counts, image.histogram()))
     return Counted(len(paths) - len(skipped), wide if how.mode == "I;16" else _sums(counts), converted, skipped)
 
 
-def _sums(counts: Array) -> ExactMoments:
+def _sums(counts: list[int]) -> ExactMoments:
     """Exact moments from 256 counts per channel."""
-    rows = counts.reshape(-1, 256)
-    values = np.arange(256)
-    return ExactMoments(int(rows[0].sum()), (rows @ values).tolist(), (rows @ (values * values)).tolist())
+    rows = [counts[k : k + 256] for k in range(0, len(counts), 256)]
+    total = [sum(value * count for value, count in enumerate(row)) for row in rows]
+    squares = [sum(value * value * count for value, count in enumerate(row)) for row in rows]
+    return ExactMoments(sum(rows[0]), total, squares)
 
 
 def _decoded(path: str, how: _How, converted: dict[str, int]) -> Any:

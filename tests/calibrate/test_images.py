@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from fractions import Fraction
 
@@ -156,6 +158,34 @@ def test_the_usual_expression_itself_gives_0_418_on_800_images():
     x /= 255
     assert x.mean((0, 1, 2)) == pytest.approx(0.418, abs=5e-4)
     assert image_statistics(images).mean == pytest.approx(0.5, abs=1e-3)
+
+
+def test_blocks_are_small_while_files_are_few_and_hold_every_file_once_in_order(tmp_path, monkeypatch):
+    from bnport.calibrate import images
+
+    paths = [str(tmp_path / f"{k:03}.png") for k in range(200)]
+    for k, path in enumerate(paths):
+        with open(path, "wb") as file:
+            file.write(bytes(100 * (k % 7)))
+    how = images._How(None, "RGB", "bilinear", False, True)
+    assert [block.paths for block in images._blocks(paths, how)] == [paths]  # all of it below LEAST_BYTES
+    monkeypatch.setattr(images, "LEAST_BYTES", 1)
+    blocks = [block.paths for block in images._blocks(paths, how)]
+    assert [path for block in blocks for path in block] == paths
+    assert images.BLOCKS / 2 <= len(blocks) <= images.BLOCKS + 1
+    monkeypatch.setattr(images, "BLOCK_BYTES", 150)
+    assert max(len(block.paths) for block in images._blocks(paths, how)) <= 3
+
+
+def test_a_worker_that_counts_bytes_starts_without_numpy(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "x.png")
+    code = (
+        "import sys\nfrom bnport.calibrate import images\nhow = images._How(None, 'RGB', 'bilinear', False, True)\n"
+        f"counted = images.count_block(images._Block([{str(tmp_path / 'x.png')!r}], how))\n"
+        "print(counted.images, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"]
 
 
 # What is refused.
