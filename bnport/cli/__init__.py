@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script. OpenBLAS threads cost 0.09 s of CPU at every numpy import and nothing here needs them."""
-    gc.set_threshold(100_000)  # a command soon ends: looking for garbage among what it keeps was a tenth of a listing
+    gc.set_threshold(10_000)  # a command soon ends: looking for garbage among what it keeps was a tenth of a listing
     if not any(word in ("calibrate", "stats", "trace") for word in sys.argv[1:2]):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a framework's start-up chatter is not our output
