@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["H5", "SIGNATURE", "Group", "H5Tensor", "Window", "natural"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-METADATA_CACHE = 1 << 16  # bytes: every object is looked at once or twice, so the library's own 2 MiB gain nothing
+METADATA_CACHE = 1 << 16  # bytes at first, and it grows: most objects are looked at once, for which 2 MiB are too much
 DEPTH_LIMIT = 256  # nested models use four levels each
 ATTRIBUTE_LIMIT = 64 << 20  # bytes of one attribute; a model_config of 1000 layers has 2 MB
 
@@ -79,7 +79,7 @@ class H5:
             access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
             access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
             cache = access.get_mdc_config()
-            cache.initial_size = cache.min_size = cache.max_size = METADATA_CACHE
+            cache.initial_size = cache.min_size = METADATA_CACHE
             access.set_mdc_config(cache)
             access.set_fileobj_driver(h5py.h5fd.fileobj_driver, self.window)
             self._id = h5py.h5f.open(b"bnport window", h5py.h5f.ACC_RDONLY, access)
