@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 WIDTH = 768  # columns of a tiled float64 row: 6 kB, so that the running sums stay in the first-level cache
+LONG = 6144  # elements of the tiled shift: subtracting it in such long rows takes half the time of rows of WIDTH
 PIECE = 65536  # float64 elements of a piece: 512 kB, within a second-level cache
 INTEGER_WIDTH = 1536
-FLUSH = 128  # pieces added up before they join the grand total: the rounding error grows with FLUSH + pieces / FLUSH
+FLUSH = 128  # pieces or parts that are added up before they join the total: the rounding error grows with FLUSH + n / FLUSH
 SPLIT = 1 << 21  # elements of a part that one thread takes; fixed, so that the number of threads changes no bit
 PLANE = 32  # at least so many contiguous elements per channel make summing along planes worth it
 
@@ -74,28 +75,33 @@ def shifted_sums(array: Array, shift: Array) -> tuple[Array, Array]:
     """Sum of d and of d*d per channel for d = array - shift, in float64; array (..., C) of any float dtype, shift (C,)."""
     channels = array.shape[-1]
     tiles = _tiles(channels, WIDTH)
-    rows = max(1, PIECE // (tiles * channels)) * tiles
-    buffer = scratch(rows * channels, np.float64)
-    wide = np.tile(shift, tiles)
-    row = np.empty(tiles * channels)
-    near, far = np.zeros((2, 2, tiles * channels))  # [sum or squares]: since the last flush, and before it
-    for index, piece in enumerate(pieces(array, rows * channels), 1):
-        flat = buffer[: piece.size]
-        np.copyto(flat.reshape(piece.shape), piece, casting="unsafe")
-        whole = piece.size // (tiles * channels) * tiles * channels
-        for block, columns in ((flat[:whole], tiles * channels), (flat[whole:], channels)):
-            if block.size:
-                block = block.reshape(-1, columns)
-                block -= wide[:columns]
-                near[0, :columns] += np.add.reduce(block, axis=0, out=row[:columns])
-                np.multiply(block, block, out=block)
-                near[1, :columns] += np.add.reduce(block, axis=0, out=row[:columns])
+    columns = tiles * channels
+    wide = np.tile(shift, tiles * max(1, LONG // columns))
+    rows = max(1, PIECE // wide.size) * wide.size // columns
+    buffer = scratch(min(rows * columns, _filled(array.size, wide.size)), np.float64)
+    row = np.empty(columns)
+    near, far = np.zeros((2, 2, columns))  # [sum or squares]: since the last flush, and before it
+    for index, piece in enumerate(pieces(array, rows * columns), 1):
+        flat = buffer[: _filled(piece.size, wide.size)]
+        np.copyto(flat[: piece.size].reshape(piece.shape), piece, casting="unsafe")
+        long = flat.reshape(-1, wide.size)
+        long -= wide
+        flat[piece.size :] = 0  # what fills up the last row adds nothing
+        block = flat.reshape(-1, columns)
+        near[0] += np.add.reduce(block, axis=0, out=row)
+        np.multiply(flat, flat, out=flat)
+        near[1] += np.add.reduce(block, axis=0, out=row)
         if index % FLUSH == 0:
             far += near
             near[:] = 0
     far += near
     total, squares = far.reshape(2, tiles, channels).sum(axis=1)
     return total, squares
+
+
+def _filled(size: int, row: int) -> int:
+    """`size`, rounded up to whole rows."""
+    return -(-size // row) * row
 
 
 def shifted_plane_sums(array: Array, shift: Array) -> tuple[Array, Array]:
@@ -131,10 +137,14 @@ def in_parts(
         with np.errstate(over="ignore", invalid="ignore"):  # a thread has its own; the result is checked
             return function(array, shift)
 
-    total, squares = np.zeros((2, shift.size))
-    for t, q in _in_threads(part, array, rows=function is shifted_sums):
-        total, squares = total + t, squares + q
-    return total, squares
+    near, far = np.zeros((2, 2, shift.size))
+    for index, (total, squares) in enumerate(_in_threads(part, array, rows=function is shifted_sums), 1):
+        near += total, squares
+        if index % FLUSH == 0:
+            far += near
+            near[:] = 0
+    far += near
+    return far[0], far[1]
 
 
 def _in_threads(function: Callable[[Array], Result], array: Array, rows: bool) -> Iterator[Result]:
@@ -200,7 +210,7 @@ def _integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
     sums = np.zeros((2, columns), np.int64)
     totals = np.zeros((2, channels), object)
     for index, piece in enumerate(pieces(array, high * columns), 1):
-        flat = buffer[: -(-piece.size // columns) * columns]
+        flat = buffer[: _filled(piece.size, columns)]
         flat[piece.size :] = 0  # the last row is filled up: as one column, its rows could be too many for exact sums
         np.copyto(flat[: piece.size].reshape(piece.shape), piece, casting="unsafe")
         block = flat.reshape(-1, columns)
