@@ -32,7 +32,7 @@ WIDTH = 768  # columns of a tiled float64 row: 6 kB, so that the running sums st
 LONG = 6144  # elements of the tiled shift: subtracting it in such long rows takes half the time of rows of WIDTH
 PIECE = 65536  # float64 elements of a piece: 512 kB, within a second-level cache
 INTEGER_WIDTH = 1536
-FLUSH = 128  # pieces or parts that are added up before they join the total: the rounding error grows with FLUSH + n / FLUSH
+FLUSH = 128  # pieces, or parts, added up before they join the total: the error grows with FLUSH + n / FLUSH
 SPLIT = 1 << 21  # elements of a part that one thread takes; fixed, so that the number of threads changes no bit
 PLANE = 32  # at least so many contiguous elements per channel make summing along planes worth it
 
