@@ -11,6 +11,10 @@ merged in a fixed tree (moments.Tree), the result has the same bits with one wor
     "ray"       Ray: the cluster that ray.init() joined, or an    retried by Ray
                 address; neither: one of its own on this machine
 
+Dask's own setting MALLOC_TRIM_THRESHOLD_ slows everything down that takes and frees large blocks of memory, torch's layers
+2.3 times. It is left out in a cluster started here; in one that exists already set
+`distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_` to null.
+
 Blocks are descriptions of work (paths, ranges of rows), small and picklable; the function reads the data itself. Make a
 block worth 100 ms or more: an engine adds 0.5 to 3 ms to each. `function` must be importable in another process (defined
 at the top of a module); with "local", a script needs its `if __name__ == "__main__":`.
@@ -272,9 +276,15 @@ def dask_client(workers: int | None, address: Any, retries: int) -> tuple[Any, b
         return address, False
     if address is not None:
         return distributed.Client(address, set_as_default=False), True
-    settings = {"n_workers": workers or cores(), "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-    with dask.config.set({"distributed.scheduler.allowed-failures": retries}):
-        return distributed.Client(set_as_default=False, **settings), True
+    options = {"n_workers": workers or cores(), "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    settings = {
+        "distributed.scheduler.allowed-failures": retries,
+        # not set: any value makes glibc give back every large block at once, and a forward pass takes 1.2 (TensorFlow)
+        # to 2.3 (torch) times the processor's time, for the pages that it must be given anew
+        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+    }
+    with dask.config.set(settings):
+        return distributed.Client(set_as_default=False, **options), True
 
 
 def _dask(

@@ -43,19 +43,27 @@ def test_one_worker_two_workers_and_a_killed_worker_give_the_same_bits(engine, t
     killed = merge_all(map_blocks(work.block_moments, blocks(tmp_path / "kill", 11), engine=engine, workers=2))
     assert os.path.exists(tmp_path / "kill" / "died-11")
     assert killed.same_bits(expected)
-    again = len(started(tmp_path / "kill")) - BLOCKS
-    assert again <= (BLOCKS if engine == "dask" else 4 * 2)  # Dask also recomputes results that the dead worker held
+    again = len(started(tmp_path / "kill")) - BLOCKS  # the deadly block died before it was counted
+    assert again <= {"local": 0, "dask": 8, "ray": 8}[engine]  # Dask also recomputes results that the dead worker held
+    if engine == "local":  # the other process went on, with all that it had imported and opened
+        names = [name for name in os.listdir(tmp_path / "kill") if name.startswith("done-")]
+        assert len({name.split("-")[2] for name in names}) <= 3
 
     if engine == "local":
         one = merge_all(map_blocks(work.block_moments, blocks(tmp_path / "one"), engine=engine, workers=1))
         assert one.same_bits(expected)
 
 
-def test_only_blocks_without_a_result_are_done_again_after_a_worker_was_killed(tmp_path):
+def test_only_the_block_that_a_killed_worker_was_at_is_done_again(tmp_path):
     list(map_blocks(work.block_moments, blocks(tmp_path / "kill", 20), engine="local", workers=2))
     counts = [started(tmp_path / "kill").count(str(k)) for k in range(BLOCKS)]
-    assert counts[:12] == [1] * 12
-    assert max(counts) <= 2
+    assert counts == [1] * BLOCKS  # block 20 died before it was counted
+
+
+def test_a_dask_cluster_started_here_keeps_glibcs_own_rule_for_large_blocks_of_memory(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    assert list(map_blocks(work.variable, ["MALLOC_TRIM_THRESHOLD_"], engine="dask", workers=1)) == [None]
+    assert list(map_blocks(work.variable, ["OMP_NUM_THREADS"], engine="dask", workers=1)) == ["1"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

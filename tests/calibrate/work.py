@@ -11,6 +11,11 @@ import numpy as np
 from bnport.calibrate.moments import moments
 
 
+def variable(name):
+    """The process' environment variable."""
+    return os.environ.get(name)
+
+
 def die_once(path):
     """Kills this process by SIGKILL, unless the file is there; makes it first."""
     try:
