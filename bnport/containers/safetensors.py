@@ -13,7 +13,7 @@ from bnport.errors import FormatError, InvalidValue, NotFound, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
+    from typing import Any, NoReturn
 
     from bnport.containers.patch import Patch
     from bnport.record import Array
@@ -29,6 +29,9 @@ DTYPES = {
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 # known to the format and of known size, but no numbers that numpy can hold: listed, refused when read
 _OPAQUE = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
+
+
+_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class _Place(NamedTuple):
@@ -170,28 +173,35 @@ def _parse(shown: str, text: bytes) -> dict[str, Any]:
 
 
 def _place(shown: str, name: str, value: Any, data: int) -> _Place:
-    where = f"{shown}: {printable(name)}"
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: expected dtype, shape and data_offsets in the safetensors header")
+    def refuse(why: str) -> NoReturn:
+        raise FormatError(f"{shown}: {printable(name)}: {why}")
+
+    if not isinstance(value, dict) or value.keys() != _KEYS:
+        refuse("expected dtype, shape and data_offsets in the safetensors header")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in _OPAQUE):
-        raise FormatError(f"{where}: unknown dtype {printable(dtype, 40)}")
+        refuse(f"unknown dtype {printable(dtype, 40)}")
     if not _lengths(shape) or len(shape) > MOST_DIMENSIONS:
-        raise FormatError(f"{where}: its shape should be a list of sizes, it is {printable(shape, 60)}")
+        refuse(f"its shape should be a list of sizes, it is {printable(shape, 60)}")
     if not _lengths(offsets) or len(offsets) != 2:
-        raise FormatError(f"{where}: data_offsets should be two positions, they are {printable(offsets, 60)}")
+        refuse(f"data_offsets should be two positions, they are {printable(offsets, 60)}")
     size = _OPAQUE[dtype] if dtype in _OPAQUE else ITEM_SIZE[DTYPES[dtype]]
     for side in shape:
         size *= side
     begin, end = offsets
     if end - begin != size:
-        raise FormatError(f"{where}: {dtype} of shape {tuple(shape)} is {size} bytes, data_offsets span {end - begin}")
+        refuse(f"{dtype} of shape {tuple(shape)} is {size} bytes, data_offsets span {end - begin}")
     return _Place(dtype, tuple(shape), data + begin, data + end)
 
 
 def _lengths(value: Any) -> bool:
     """A list of plain integers that fit a signed 64-bit number and are not negative."""
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110  (there are two lists for every tensor, and all() takes twice as long)
+        if type(item) is not int or not 0 <= item < 2**63:
+            return False
+    return True
 
 
 def _check_cover(shown: str, places: dict[str, _Place], data: int, size: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from bnport._lazy import TYPE_CHECKING, np
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from bnport.record import Array
 
@@ -14,6 +17,13 @@ ITEM_SIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
     "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
 }  # fmt: skip
+
+
+@functools.cache
+def _dtypes(name: str) -> tuple[Any, Any]:
+    """numpy's dtype of that name, one of ITEM_SIZE: as it lies in a file (little-endian), and the machine's own."""
+    little = np.dtype(name).newbyteorder("<")
+    return little, little.newbyteorder("=")
 
 
 class Tensor:
@@ -49,8 +59,8 @@ class Tensor:
             wide = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)
             array: Array = wide.view(np.float32).reshape(self.shape)
             return array
-        little = np.dtype(self.dtype).newbyteorder("<")
-        return np.frombuffer(data, little).astype(little.newbyteorder("="), copy=True).reshape(self.shape)
+        little, native = _dtypes(self.dtype)
+        return np.frombuffer(data, little).astype(native, copy=True).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.dtype}, {self.shape})"

@@ -3,9 +3,10 @@
     python tests/benchmarks/bench_torch_read.py [--rounds 5] [--large 4.0] [--folder DIR]
 
 The usual way is `torch.load`, then `.numpy()` of every running_mean, running_var, weight and bias of a BatchNorm; bnport
-reads the same into records, validated, their checksums checked. `import numpy` alone is the floor. Each run is a process
-of its own, the ways interleaved; wall time, CPU time, peak resident memory and bytes read by read() (rchar) are the
-process's, medians over the rounds. The large file has 300 convolutions of 608 channels, from one sparse file, so writing
+reads the same into records, validated, their checksums checked. `import numpy` alone is the floor of that, `import argparse`
+of the listing: of names, channels and epsilon (`bnport show --no-values`), and with ranges (`bnport show`). Each run is a
+process of its own, the ways interleaved; wall time, CPU time, peak resident memory (VmHWM) and bytes read by read() (rchar)
+are the process's, medians over the rounds. The large file has 300 convolutions of 608 channels, from one sparse file: writing
 it costs disk but no memory; files are removed afterwards. Nothing is asserted.
 """
 
@@ -38,7 +39,7 @@ for layer in adapters.read({path!r}).values():
     layer.record
 """
 SHOW = """
-import sys; sys.path.insert(0, {root!r}); sys.argv = ["bnport", "show", {path!r}]
+import sys; sys.path.insert(0, {root!r}); sys.argv = ["bnport", "show", *{more!r}, {path!r}]
 import bnport.cli; bnport.cli.entry()
 """
 
@@ -48,8 +49,9 @@ try:
     exec(compile(sys.argv[1], "run", "exec"))
 except SystemExit:
     pass
-with open("/proc/self/io") as io:
-    sys.stderr.write("RCHAR " + io.readline().split()[1])
+with open("/proc/self/io") as io, open("/proc/self/status") as status:
+    found = dict(line.split()[:2] for line in [*io, *status] if line.count(":") and len(line.split()) > 1)
+sys.stderr.write("FOUND " + " ".join(found[name] for name in ("VmHWM:", "rchar:", "read_bytes:")))
 """
 
 
@@ -94,18 +96,22 @@ def large(path: str, gigabytes: float, form: str) -> None:
         torch.save(state, path, _use_new_zipfile_serialization=form != "legacy")
 
 
-def measured(code: str) -> tuple[float, float, float, float]:
-    """(wall s, CPU s, peak MiB, MB read) of a process that runs `code`."""
+def measured(code: str) -> tuple[float, float, float, float, float]:
+    """(wall s, CPU s, peak MiB, MB read, MB read from disk) of a process that runs `code`."""
+    # an installed package is not compiled at each start
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-c", _METER, code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", _METER, code],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
     said = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.perf_counter() - started
-    if status or "RCHAR" not in said:
+    if status or "FOUND" not in said:
         raise RuntimeError(said)
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, int(said.split("RCHAR ")[1]) / 1e6
+    memory, read, disk = map(int, said.split("FOUND ")[1].split())
+    return wall, usage.ru_utime + usage.ru_stime, memory / 1024, read / 1e6, disk / 1e6
 
 
 def compare(title: str, path: str, rounds: int) -> None:
@@ -115,11 +121,13 @@ def compare(title: str, path: str, rounds: int) -> None:
         "torch.load": TORCH.format(path=path, more=""),
         "torch.load(mmap=True)": TORCH.format(path=path, more=", mmap=True"),
         "bnport read": OURS.format(path=path, root=ROOT),
-        "bnport show": SHOW.format(path=path, root=ROOT),
+        "import argparse": "import argparse",
+        "bnport show --no-values": SHOW.format(path=path, root=ROOT, more=["--no-values"]),
+        "bnport show": SHOW.format(path=path, root=ROOT, more=[]),
     }
     if "legacy" in title:
         del codes["torch.load(mmap=True)"]  # refuses legacy files
-    runs: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in codes}
+    runs: dict[str, list[tuple[float, ...]]] = {way: [] for way in codes}
     for turn in range(rounds + 1):
         for way, code in codes.items():
             result = measured(code)
@@ -127,11 +135,14 @@ def compare(title: str, path: str, rounds: int) -> None:
                 runs[way].append(result)
     medians = {way: [statistics.median(r[i] for r in results) for i in range(4)] for way, results in runs.items()}
     print(f"\n{title}: {os.path.getsize(path) / 1e6:.0f} MB, {rounds} rounds")
-    print(f"{'':24}{'wall s':>9}{'CPU s':>9}{'MiB':>9}{'MB read':>9}{'x wall':>9}{'x CPU':>9}{'x MiB':>9}")
-    ours = medians["bnport read"]
-    for way, (wall, cpu, rss, read) in medians.items():
-        ratios = f"{wall / ours[0]:9.1f}{cpu / ours[1]:9.1f}{rss / ours[2]:9.1f}"
-        print(f"{way:24}{wall:9.3f}{cpu:9.3f}{rss:9.1f}{read:9.2f}{ratios}")
+    for ours in ("bnport read", "bnport show --no-values", "bnport show"):
+        print(f"times {ours:18}{'wall s':>9}{'CPU s':>9}{'MiB':>9}{'MB read':>9}{'x wall':>9}{'x CPU':>9}{'x MiB':>9}")
+        base = medians[ours]
+        for way, (wall, cpu, rss, read) in medians.items():
+            if way.startswith("bnport") and way != ours:
+                continue
+            ratios = f"{wall / base[0]:9.2f}{cpu / base[1]:9.2f}{rss / base[2]:9.1f}"
+            print(f"{way:24}{wall:9.3f}{cpu:9.3f}{rss:9.1f}{read:9.2f}{ratios}", flush=True)
 
 
 def main() -> None:
