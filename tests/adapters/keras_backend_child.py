@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -20,6 +21,7 @@ import numpy as np
 
 import bnport
 from bnport import adapters
+from bnport.adapters.keras import compiled
 from bnport.layer import Change
 from bnport.record import FIELDS
 from tests.adapters.contract import assert_same_bits, telling_record
@@ -55,7 +57,96 @@ def close(a, b):
     assert np.abs(a - b).max() <= 1e-3 * np.abs(b).max(), np.abs(a - b).max()
 
 
+class Listing(keras.Model):
+    """Holds its layer in a list only."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.held = [layer]
+
+    def call(self, x):
+        return self.held[0](x)
+
+
+class HalfBuilt(keras.Model):
+    """Cannot say which layers it has, and says that it has a compiled function."""
+
+    def __init__(self):
+        super().__init__()
+        self.predict_function = len
+        self.__dict__["half"] = True
+
+    def _flatten_layers(self, *args, **kwargs):
+        if "half" in self.__dict__:
+            raise AttributeError("_layers")
+        return super()._flatten_layers(*args, **kwargs)
+
+
+def counted(function, seen):
+    def call():
+        seen.append(1)
+        return function()
+
+    return call
+
+
+def never_stale_wherever_the_layer_is_held():
+    """A compiled function is found in whatever model has it; and only looked for where there can be one."""
+    layer = L.BatchNormalization()
+    layer.build((None, 3))
+    x = X.reshape(-1, 3)[:5]
+    half_built, searches, search = HalfBuilt(), [], compiled._models
+    compiled._models = counted(search, searches)
+    bnport.set_weights(layer, epsilon=2.0)
+    numpy(layer(x))
+    bnport.set_weights(layer, epsilon=3.0)
+    assert bool(searches) is (kind == "jax"), "no graph has the layer's variables yet"
+    listing = Listing(layer)
+    holders = [listing, keras.Sequential([keras.Input((3,)), L.ReLU(), listing])]
+    for each in holders:
+        each.compile(loss="mse", optimizer="sgd")
+    layer.trainable = False  # so that training steps do not move it
+    for epsilon in (4.0, 5.0):
+        for each in holders:
+            each.predict(x, verbose=0)
+            each.fit(x, x, verbose=0)
+        gc.collect()
+        gc.freeze()  # hides what is there from who looks for it
+        bnport.set_weights(layer, epsilon=epsilon)
+        assert gc.get_freeze_count()
+        gc.unfreeze()
+        expected = bnport.read(layer)[layer.name].record
+        close(listing.predict(x, verbose=0), expected(x))
+        close(holders[1].predict(x, verbose=0), expected(np.maximum(x, 0)))
+        close(np.float64(listing.evaluate(x, np.zeros_like(x), verbose=0)), np.mean(expected(x) ** 2))
+    assert bool(searches) is (kind != "torch")
+    compiled._models = search
+    assert half_built.predict_function is len
+
+
+def torch_compiles_anew_for_another_epsilon():
+    """Why models on torch are not looked for: torch.compile, which Keras uses when told to, guards the attribute."""
+    import functools
+
+    import torch
+
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    layer = L.BatchNormalization()
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile(loss="mse", jit_compile=True)
+    x = X.reshape(-1, 3)
+    before = model.predict(x, verbose=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"], "nothing was compiled"
+    bnport.set_weights(layer, epsilon=4.0)
+    expected = bnport.read(layer)[layer.name].record(x)
+    close(model.predict(x, verbose=0), expected)
+    assert np.abs(before - expected).max() > 0.1
+
+
 def main():
+    never_stale_wherever_the_layer_is_held()
+    if kind == "torch":
+        torch_compiles_anew_for_another_epsilon()
     inner, model, outer = build()
     for each in (inner, model, outer):
         each.compile(loss="mse")

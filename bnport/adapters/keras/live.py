@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import sys
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
+from bnport.adapters.keras import compiled
+from bnport.adapters.keras.compiled import PACKAGES
 from bnport.adapters.keras.entry import renorm_arrays
 from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
 from bnport.layer import Layer, Layers
@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = {"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "variance": "moving_variance"}
 _BATCHNORM = {"BatchNormalization", "BatchNormalizationBase", "BatchNormalizationV1", "BatchNormalizationV2"}
-_PACKAGES = {"keras", "tf_keras"}
-_FUNCTIONS = ("train_function", "test_function", "predict_function", "train_tf_function")
 
 
 def is_batchnorm(layer: Any) -> bool:
     """Whether it is Keras' BatchNormalization or derived from it."""
-    return any(b.__name__ in _BATCHNORM and b.__module__.split(".")[0] in _PACKAGES for b in type(layer).__mro__)
+    return any(b.__name__ in _BATCHNORM and b.__module__.split(".")[0] in PACKAGES for b in type(layer).__mro__)
 
 
 def find(model: Any) -> dict[str, Any]:
@@ -122,7 +120,7 @@ def _layer(name: str, layer: Any) -> Layer:
             notes.append(f"{flag} was set to False after the layer was built: its {field} is there and not used")
     variable = layer.moving_mean
     for base in type(layer).__mro__:
-        if base.__module__.split(".")[0] in _PACKAGES:
+        if base.__module__.split(".")[0] in PACKAGES:
             break
         if "call" in vars(base):
             notes.append(f"{base.__name__} defines its own call(); what it computes is not known")
@@ -171,7 +169,7 @@ def apply(model: Any, changes: Mapping[str, Change]) -> None:
             undo.append(lambda layer=layer, a=attribute, v=old_value: setattr(layer, a, v))  # type: ignore[misc]
             setattr(layer, attribute, value)
         if settings:
-            forget_compiled(model, [layer for layer, _, _ in settings])
+            compiled.forget(model, [layer for layer, _, _ in settings])
     except BaseException:
         for step in reversed(undo):
             with contextlib.suppress(Exception):
@@ -240,41 +238,16 @@ def _assign(variable: Any, array: Array) -> Callable[[], object]:
         old = held.read_value()
         held.assign(array, read_value=False)
         return lambda: held.assign(old)
-    kept = numbers(variable).copy()
+    kept = _as_it_is(variable, held)
     variable.assign(array)
     return lambda: variable.assign(kept)
 
 
-def forget_compiled(model: Any, layers: list[Any]) -> None:
-    """Drop the compiled train, test and predict functions of every model that holds one of the layers.
-
-    They have the epsilon built in (TensorFlow and JAX trace it as a constant). Holders are `model`, the models inside
-    it, and every other live model that Python knows of and that contains one of the layers.
-    """
-    wanted = {id(layer) for layer in layers}
-    kinds = _model_types()
-    for holder in [each for each in gc.get_objects() if type(each) in kinds] + [model]:
-        if not any(getattr(holder, name, None) is not None for name in _FUNCTIONS):
-            continue
-        try:
-            inside = holder._flatten_layers()
-        except Exception:  # half-built: it cannot have run
-            continue
-        if any(id(layer) in wanted for layer in inside):
-            for name in _FUNCTIONS:
-                if getattr(holder, name, None) is not None:
-                    setattr(holder, name, None)
-
-
-def _model_types() -> set[type]:
-    """Every class of models there is, of the Keras packages that are imported."""
-    found: set[type] = set()
-    for package in _PACKAGES:
-        base = getattr(sys.modules.get(package), "Model", None)
-        waiting = [base] if isinstance(base, type) else []
-        while waiting:
-            kind = waiting.pop()
-            if kind not in found:
-                found.add(kind)
-                waiting.extend(kind.__subclasses__())
-    return found
+def _as_it_is(variable: Any, held: Any) -> Any:
+    """What the variable can be assigned later to hold what it holds now."""
+    package = type(held).__module__.split(".")[0]
+    if package == "torch":
+        return held.detach().clone()
+    if package in ("jax", "jaxlib"):  # never changed in place
+        return held
+    return numbers(variable).copy()
