@@ -34,18 +34,16 @@ def run_all(
             layers[name] = found[name]
         package = _keras(next((_package_of(layer) for layer in layers.values()), "keras"))
     shaped = {name: _shaped(layers[name], np.asarray(x), name) for name, x in inputs.items()}
-    direct = {name: layers[name](x, training=False) for name, x in shaped.items()}
+    direct = [layers[name](x, training=False) for name, x in shaped.items()]
     predicted = _predicted(package, list(layers.values()), list(shaped.values()))
-    results = {}
-    for (name, x), y in zip(inputs.items(), predicted, strict=True):
-        shape = np.shape(x)
-        results[name] = {
-            "model(x)": np.asarray(package.ops.convert_to_numpy(direct[name])).reshape(shape)
-            if hasattr(package, "ops")
-            else np.asarray(direct[name]).reshape(shape),
-            "predict": np.asarray(y).reshape(shape),
+    to_numpy = package.ops.convert_to_numpy if hasattr(package, "ops") else np.asarray
+    return {
+        name: {
+            "model(x)": np.asarray(to_numpy(called)).reshape(np.shape(x)),
+            "predict": np.asarray(y).reshape(np.shape(x)),
         }
-    return results
+        for (name, x), called, y in zip(inputs.items(), direct, predicted, strict=True)
+    }
 
 
 def _package_of(layer: Any) -> str:
@@ -77,12 +75,16 @@ def _shaped(layer: Any, x: Array, name: str) -> Array:
 
 
 def _predicted(package: Any, layers: list[Any], inputs: list[Array]) -> list[Array]:
-    """The layers inside one new model, through its compiled predict."""
+    """The layers inside one new model, through the predict function that Keras compiles for it.
+
+    It is called as `predict_on_batch` does: the same compiled function as `predict`'s, without a data pipeline to feed it.
+    """
 
     class Layers(package.Model):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(name="bnport_run")
             self.held = layers
+            self.built = True  # its layers are: no trace of them only to find their shapes
 
         def call(self, xs: Any) -> Any:
             xs = xs if isinstance(xs, list | tuple) else [xs]
@@ -90,7 +92,7 @@ def _predicted(package: Any, layers: list[Any], inputs: list[Array]) -> list[Arr
 
     nodes = [len(layer._inbound_nodes) for layer in layers]
     try:
-        outputs = Layers().predict(inputs if len(inputs) > 1 else inputs[0], verbose=0, batch_size=len(inputs[0]))
+        outputs = Layers().predict_on_batch(inputs if len(inputs) > 1 else inputs[0])
     finally:
         for layer, count in zip(layers, nodes, strict=True):
             del layer._inbound_nodes[count:]
