@@ -7,6 +7,7 @@ functions that were handed a live object of it, or that run it.
 
 from __future__ import annotations
 
+import gc
 import os
 
 from bnport._lazy import TYPE_CHECKING, Protocol
@@ -176,7 +177,13 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
         raise InvalidValue(f"the {name} format has no option {listed(unknown)}; {takes}")
     if epsilon is not None and "epsilon" in known:
         given["epsilon"] = epsilon  # where other fields depend on it
-    layers = adapter.read(os.fspath(source) if isinstance(source, os.PathLike) else source, **given)
+    collecting = gc.isenabled()
+    gc.disable()  # a reader only makes objects; the collector would look at each of them many times
+    try:
+        layers = adapter.read(os.fspath(source) if isinstance(source, os.PathLike) else source, **given)
+    finally:
+        if collecting:
+            gc.enable()
     if epsilon is not None:
         held = [layer.name for layer in layers.values() if "epsilon" not in layer.assumed]
         if held:

@@ -49,15 +49,15 @@ _NONE_FOUND = "no running statistics (running_mean and running_var) anywhere in 
 
 def recognise(head: bytes, path: str) -> bool:
     """A zip with a data.pkl or models/model.json in its top folder, a legacy stream or tar, or safetensors not ours."""
-    from bnport.adapters.torch.checkpoint import is_legacy, is_tar
-
     if head.startswith(b"PK"):
         return _first_member_is_torchs(head, path) or _zip_kind(path) != ""
+    if head[8:9] == b"{" and path.lower().endswith(".safetensors") and b"bnport" not in head:
+        return True  # bnport's own records begin with their metadata; any other header is parsed once, by read
+    from bnport.adapters.torch.checkpoint import is_legacy, is_tar
+
     if is_legacy(head) or is_tar(head):
         return True
     if head[8:9] == b"{" and not head.startswith(b"{"):
-        if path.lower().endswith(".safetensors") and b"bnport" not in head:
-            return True  # its records begin with their metadata; any other header is parsed once, by read
         from bnport.containers.safetensors import is_safetensors, open_safetensors
 
         if not is_safetensors(head):
