@@ -108,7 +108,8 @@ def convert(
         engine = None if run is False else engine_of(adapter, target, epsilon=target_epsilon, options=target_options)
         adapter.apply(target, changes)
         try:
-            result = report.written(adapters.read(target, **reading), None, engine, progress, original)
+            again = adapter.read_back(target) if hasattr(adapter, "read_back") else adapters.read(target, **reading)
+            result = report.written(_frozen(again), None, engine, progress, original)
         except BaseException:
             adapter.apply(target, _as_they_were(targets, changes))
             raise

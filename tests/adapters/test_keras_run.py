@@ -17,7 +17,7 @@ import pytest
 import bnport
 from bnport import adapters
 from bnport.errors import NotFound
-from tests.adapters.contract import telling_record
+from tests.adapters.contract import assert_same_bits, telling_record
 
 KERAS = adapters.load("keras")
 FIXTURES = os.path.join(os.path.dirname(__file__), "..", "..", "fixtures", "keras")
@@ -73,6 +73,22 @@ def test_the_layer_is_called_with_the_rank_it_was_built_for(shape, axis):
     assert_bounded(KERAS.run(model, "bn", x), record, x)
     assert len(layer._inbound_nodes) == nodes
     assert model.predict(np.zeros((1, *shape), "f4"), verbose=0).shape == (1, *shape)
+
+
+def test_what_is_read_back_has_the_numbers_and_no_evidence_for_pairing():
+    inputs = keras.Input((4, 4, 3))
+    x = keras.layers.BatchNormalization(name="a")(keras.layers.Conv2D(5, 3)(inputs))
+    model = keras.Model(inputs, keras.layers.BatchNormalization(name="b", scale=False)(x))
+    record = telling_record(5, epsilon=1e-3)
+    model.get_layer("a").set_weights([record.gamma, record.beta, record.mean, record.variance])
+    read, again = KERAS.read(model), KERAS.read_back(model)
+    assert_same_bits(again["a"].record, record)
+    for name, layer in read.items():
+        assert_same_bits(layer.record, again[name].record)
+        assert layer.stores == again[name].stores
+        assert again[name].kernel is again[name].inputs is None
+    assert read["a"].kernel is not None
+    assert read["b"].inputs == ("a",)
 
 
 def test_a_layer_left_stale_by_hand_shows_in_the_users_own_predict_and_not_after_a_port():

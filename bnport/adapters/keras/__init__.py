@@ -130,6 +130,13 @@ def apply(model: Any, changes: Mapping[str, Change]) -> None:
     apply_live(model, changes)
 
 
+def read_back(model: Any) -> Layers:
+    """The layers of a live model or layer that was just written: without the evidence for pairing."""
+    from bnport.adapters.keras.live import read as read_live
+
+    return read_live(model, evidence=False)
+
+
 def run(
     source: Any,
     layer: str,

@@ -15,7 +15,8 @@ from typing import Any
 
 PACKAGES = {"keras", "tf_keras"}
 
-_GUARDING = (2, 7)  # torch that compiles anew for another float attribute (pytorch#185886); early ones did not (#124717)
+# torch that compiles anew for another float attribute (pytorch#185886); early ones did not (#124717)
+_GUARDING = (2, 7)
 _FUNCTIONS = ("train_function", "test_function", "predict_function", "train_tf_function")
 
 

@@ -77,8 +77,11 @@ def _by_attribute(model: Any, layer: Any) -> str | None:
     return None
 
 
-def read(source: Any) -> Layers:
-    """The layers of a live model or of one live layer, with the numbers that they have when they are asked for."""
+def read(source: Any, *, evidence: bool = True) -> Layers:
+    """The layers of a live model or of one live layer, with the numbers that they have when they are asked for.
+
+    `evidence`: with kernels and graph, which pairing wants; most of the time goes there.
+    """
     found = find(source)
     unbuilt = [name for name, layer in found.items() if getattr(layer, "moving_mean", None) is None]
     if unbuilt:
@@ -91,6 +94,8 @@ def read(source: Any) -> Layers:
         source=f"the live {type(source).__name__} {printable(getattr(source, 'name', ''))!r}",
         format="keras",
     )
+    if not evidence:
+        return layers
     from bnport.adapters.keras import graph
 
     return graph.with_live_evidence(source, layers, found)
