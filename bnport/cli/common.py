@@ -105,6 +105,19 @@ def print_json(value: object) -> None:
     print()
 
 
+def add_html(parser: argparse.ArgumentParser) -> None:
+    """--html."""
+    parser.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+
+
+def check_html(args: argparse.Namespace, *models: str | None) -> None:
+    """Refuse an --html file that cannot be written or is one of the models, before anything is done."""
+    if args.html is not None:
+        from bnport.html import check_page
+
+        check_page(args.html, force=args.force, models=[model for model in models if model is not None])
+
+
 def finish(report: Report, args: argparse.Namespace) -> int:
     """Print a report as asked, write its page if asked, and give the exit code: 0 the same function, 1 different."""
     if getattr(args, "html", None):

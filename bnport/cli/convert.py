@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate-options", default="", metavar="TEXT", help="of 'bnport calibrate', such as \"--limit 5000\""
     )
-    parser.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+    common.add_html(parser)
     common.add_json(parser)
     common.add_source_options(parser)
     common.add_pairing_options(parser)
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, print the report, and say whether the output is the same function."""
     from bnport.convert import convert, save_records
 
+    common.check_html(args, args.source, args.target, args.out)
     if args.out is None and not args.dry_run and args.target.endswith(".safetensors"):
         report = save_records(
             args.source, args.target, epsilon=args.epsilon, force=args.force, options=common.source_options(args)

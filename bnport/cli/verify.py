@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="A", help="the original")
     parser.add_argument("target", metavar="B", help="the model to check against it")
     parser.add_argument("--run", action="store_true", help="also run the real layers in their frameworks")
-    parser.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+    common.add_html(parser)
     parser.add_argument("--force", action="store_true", help="replace the --html file if it exists")
     common.add_json(parser)
     common.add_source_options(parser)
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print the report, and say whether they are the same functions."""
     from bnport.convert import verify
 
+    common.check_html(args, args.source, args.target)
     report = verify(
         args.source,
         args.target,

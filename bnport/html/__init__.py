@@ -14,12 +14,39 @@ from bnport.html.charts import channels, number, overview, text
 from bnport.report import verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from bnport.verify import LayerReport, Report
 
 _MOST_IN_NOTEBOOK = 30  # rows; the chart shows all layers, and the whole page is one call away
 _MOST_CHANNELS_NAMED = 5
+
+
+_START = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+
+
+def check_page(path: str, *, force: bool = False, models: Iterable[str] = ()) -> None:
+    """Refuse a page that must not be written, before any work is done: at one of the `models` (also one not made yet).
+
+    With `force` a file is replaced only if it is such a page.
+    """
+
+    from bnport.containers.files import check_output
+    from bnport.errors import OutputError, printable
+
+    models = list(models)
+    for model in models:
+        if os.path.realpath(path) == os.path.realpath(model):
+            raise OutputError(
+                f"{printable(path)}: is the model {printable(model)} itself; choose another name for the page"
+            )
+    check_output(path, force=force, inputs=models)
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if not file.read(len(_START)).startswith(_START.encode()):
+                raise OutputError(
+                    f"{printable(path)}: exists and is not a page that bnport wrote; --force replaces only those"
+                )
 
 
 def write_page(report: Report, path: str, *, force: bool = False) -> None:
@@ -37,7 +64,7 @@ def page(report: Report) -> str:
     """The whole page. Every name in it is escaped; its policy lets a browser run no script and load nothing."""
     title = f"bnport {report.action}: {report.source} → {report.out or report.target}"
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{_START}"
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
         f"<title>{text(title)}</title><style>{_style()}</style></head>"

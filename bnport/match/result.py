@@ -82,9 +82,14 @@ class Match:
         return self.complete and not self.mismatched and not self.ambiguous
 
     def raise_if_bad(self) -> None:
-        """Raise MatchError unless every layer has its one pair. The message lists everything and what to do."""
+        """Raise MatchError unless every layer has its one pair, and there is one. The message lists what to do."""
         if not self.ok:
             raise MatchError(self.problems())
+        if not self.pairs:
+            raise MatchError(
+                f"nothing to pair: --skip, --only-under or the map leave out all {len(self.left_targets)} layers of"
+                f" {printable(self.target)} and all {len(self.left_sources)} of {printable(self.source)}"
+            )
 
     def problems(self) -> str:
         """One line on what keeps the pairing from being complete and unambiguous; empty if nothing does."""
