@@ -45,7 +45,8 @@ Result = TypeVar("Result")
 
 ENGINES = ("local", "serial", "dask", "ray")
 RETRIES = 3
-AHEAD = 4  # blocks handed out per worker before the first of them is back: nobody waits for the next one
+AHEAD = 4  # blocks per worker that are handed out and not done: nobody waits for the next one
+HELD = 64  # results that may wait for an earlier block, which is done again because its worker died
 QUEUED = 2  # of these, blocks that a local process has: one that it is at, one to go on with
 
 
@@ -61,7 +62,8 @@ def map_blocks(
 ) -> Iterator[Result]:
     """function(block) for every block, in order, computed elsewhere and up to AHEAD * workers blocks ahead.
 
-    blocks:   may be a generator; it is read as needed. At most AHEAD * workers blocks and results are held.
+    blocks:   may be a generator; it is read as needed. At most AHEAD * workers are handed out and not done, and at most
+              so many, or HELD if that is more, wait for an earlier one (which is done again) or for you.
     workers:  processes; default: the cores that this process may use. A cluster that exists has its own number.
     address:  for "dask" a Client or the scheduler's address, for "ray" the cluster's address.
     retries:  how often a block is done again after its worker died; a Dask cluster that exists has its own number
@@ -164,7 +166,9 @@ def _local(
     numbered = enumerate(blocks)
     try:
         while True:
-            for number, block in itertools.islice(numbered, AHEAD * workers - len(window)):
+            room = max(AHEAD * workers, HELD) - len(window)
+            not_done = len(todo) + sum(len(team.queue) for team in teams)
+            for number, block in itertools.islice(numbered, max(0, min(room, AHEAD * workers - not_done))):
                 window.append(_Pending(number, block))
                 todo.append(window[-1])
             if not window:
@@ -253,16 +257,30 @@ def _blame(pending: _Pending, retries: int) -> None:
 
 
 def _in_order(
-    submit: Callable[[Block], Any], collect: Callable[[Any], Result], blocks: Iterator[Block], ahead: int
+    submit: Callable[[Block], Any],
+    finished: Callable[[set[Any]], Iterable[Any]],
+    collect: Callable[[Any], Result],
+    blocks: Iterator[Block],
+    ahead: int,
+    running: set[Any],
 ) -> Iterator[Result]:
-    """Keep `ahead` blocks in flight and yield their results in order."""
-    waiting: deque[Any] = deque()
+    """Keep `ahead` blocks in flight and yield their results in order.
+
+    submit gives a handle, collect its result; finished waits until some of the handles are done, and says which.
+    running: an empty set; the handles that are not known to be done.
+    """
+    window: deque[Any] = deque()
     for block in blocks:
-        waiting.append(submit(block))
-        if len(waiting) >= ahead:
-            yield collect(waiting.popleft())
-    while waiting:
-        yield collect(waiting.popleft())
+        window.append(submit(block))
+        running.add(window[-1])
+        while len(running) >= ahead or len(window) >= max(ahead, HELD):
+            if window[0] in running:
+                running.difference_update(finished(running))
+            else:
+                yield collect(window.popleft())
+    while window:
+        running.discard(window[0])
+        yield collect(window.popleft())
 
 
 def dask_client(workers: int | None, address: Any, retries: int) -> tuple[Any, bool]:
@@ -293,6 +311,8 @@ def _dask(
     client, owned = dask_client(workers, address, retries)
     import distributed
 
+    running: set[Any] = set()
+
     def collect(future: Any) -> Result:
         try:
             result: Result = future.result()
@@ -302,9 +322,16 @@ def _dask(
 
     try:
         threads = sum(client.nthreads().values()) or workers or cores()
-        # pure=False: equal blocks are not taken for one
-        yield from _in_order(lambda block: client.submit(function, block, pure=False), collect, blocks, AHEAD * threads)
+        completed = distributed.as_completed(loop=client.loop)
+
+        def submit(block: Block) -> Any:
+            future = client.submit(function, block, pure=False)  # or equal blocks would be taken for one
+            completed.add(future)
+            return future
+
+        yield from _in_order(submit, lambda _: completed.next_batch(), collect, blocks, AHEAD * threads, running)
     finally:
+        client.cancel(list(running))
         if owned:
             client.close()
 
@@ -339,7 +366,8 @@ def _ray(
 
     try:
         processors = int(ray.cluster_resources().get("CPU", 0)) or workers or cores()
-        yield from _in_order(task.remote, collect, blocks, AHEAD * processors)
+        ahead = AHEAD * processors
+        yield from _in_order(task.remote, lambda running: ray.wait(list(running))[0], collect, blocks, ahead, set())
     finally:
         if owned:
             ray.shutdown()

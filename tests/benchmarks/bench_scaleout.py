@@ -1,26 +1,36 @@
-"""The same blocks on one worker, on two, and with one of two killed by SIGKILL on the way, engine by engine.
+"""The same blocks in one process, on two workers, and with one of the two killed by SIGKILL on the way, engine by engine.
 
-    python tests/benchmarks/bench_scaleout.py [--engines local,dask,ray] [--blocks 80] [--rounds 5] [--work 0.15]
+    python tests/benchmarks/bench_scaleout.py [--engines local,dask,ray] [--blocks 60] [--rounds 5] [--work 0.12]
 
-A block is `--work` seconds of moments() over made-up features. Every run checks that the merged result has the bits of
-the serial run. Dask and Ray run on clusters of two processes of their own, started once per round and not counted; the
-spawn pool's start is counted (it starts one per run). Then what the engine itself costs per block (empty blocks), and
-the bytes that a block's result takes. Nothing is asserted on time.
+A block is `--work` seconds of moments() over made-up features, in one thread. Every run checks that the merged result has
+the bits of the serial run; each engine once with one worker too. "bare" is what two cores give without any engine: two
+processes that do every second block each and send back nothing, their start counted. Dask and Ray run on clusters of two
+processes of their own, started once and not counted; "local" starts its processes in every run, and that is counted. In
+between, what a kill left behind is waited for. Then what the engine itself costs per block (empty blocks), and the bytes of
+a block's result. Times are medians over the rounds, ratios are medians of each round's ratio. Nothing is asserted on time.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import tempfile
 import time
 
-import numpy as np
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+os.environ.update(
+    dict.fromkeys(THREADS, "1")
+)  # as Dask and Ray do in their workers; otherwise one process uses all cores
 
-from bnport.calibrate.executors import cores, map_blocks
-from bnport.calibrate.moments import merge_all, moments
+import numpy as np  # noqa: E402
+
+from bnport.calibrate.executors import cores, map_blocks  # noqa: E402
+from bnport.calibrate.moments import merge_all, moments  # noqa: E402
 
 _features = []  # and a buffer of the same shape: temporaries above 128 kB are slow in Dask's workers
 
@@ -42,16 +52,22 @@ def work(block):
     return merge_all(moments(_features[1]) for _ in range(repeat))
 
 
+def works(blocks):
+    """Several blocks, for a process without an engine."""
+    for block in blocks:
+        work(block)
+
+
 def empty(block):
     """Nothing."""
     return block
 
 
 class Cluster:
-    """A cluster of two processes for one engine; `address` is what map_blocks takes."""
+    """A cluster of `workers` processes for one engine; `address` is what map_blocks takes."""
 
-    def __init__(self, engine, workers):
-        self.engine, self.address = engine, None
+    def __init__(self, engine, workers, functions):
+        self.engine, self.workers, self.address, self.functions = engine, workers, None, functions
         if engine == "dask":
             import distributed
 
@@ -59,7 +75,30 @@ class Cluster:
         elif engine == "ray":
             import ray
 
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+    def map(self, function, blocks):
+        return map_blocks(function, blocks, engine=self.engine, workers=self.workers, address=self.address)
+
+    def time(self, blocks, expected, what):
+        """Seconds for these blocks, once all workers are there."""
+        if self.engine == "dask":
+            self.address.wait_for_workers(self.workers)
+        if self.engine != "local":
+            list(self.map(self.functions.work, [(k, 1, None) for k in range(4 * self.workers)]))
+        started = time.perf_counter()
+        merged = merge_all(self.map(self.functions.work, blocks))
+        seconds = time.perf_counter() - started
+        if not merged.same_bits(expected):
+            raise SystemExit(f"{self.engine}, {what}: other bits than the serial run")
+        return seconds
+
+    def overhead(self, count=1000):
+        """Seconds per empty block."""
+        started = time.perf_counter()
+        for _ in self.map(self.functions.empty, range(count)):
+            pass
+        return (time.perf_counter() - started) / count
 
     def close(self):
         if self.engine == "dask":
@@ -70,68 +109,83 @@ class Cluster:
             ray.shutdown()
 
 
-def run(engine, workers, blocks):
-    cluster = Cluster(engine, workers)
-    try:
-        list(map_blocks(empty, range(2 * workers), engine=engine, workers=workers, address=cluster.address))
-        started = time.perf_counter()
-        merged = merge_all(map_blocks(work, blocks, engine=engine, workers=workers, address=cluster.address))
-        return time.perf_counter() - started, merged
-    finally:
-        cluster.close()
+def bare(functions, blocks, workers=2):
+    """Seconds for the blocks dealt out to processes that nobody watches."""
+    context = multiprocessing.get_context("spawn")
+    started = time.perf_counter()
+    processes = [context.Process(target=functions.works, args=(blocks[k::workers],)) for k in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return time.perf_counter() - started
 
 
-def overhead(engine, count=1000):
-    cluster = Cluster(engine, 2)
-    try:
-        list(map_blocks(empty, range(8), engine=engine, workers=2, address=cluster.address))
-        started = time.perf_counter()
-        for _ in map_blocks(empty, range(count), engine=engine, workers=2, address=cluster.address):
-            pass
-        return (time.perf_counter() - started) / count
-    finally:
-        cluster.close()
+def one_round(clusters, functions, plain, expected, repeat, taken):
+    """Everything once; seconds into `taken`."""
+    started = time.perf_counter()
+    merge_all(map(functions.work, plain))
+    taken.setdefault(("serial", "two"), []).append(time.perf_counter() - started)
+    taken.setdefault(("bare", "two"), []).append(bare(functions, plain))
+    for engine, cluster in clusters.items():
+        taken.setdefault((engine, "two"), []).append(cluster.time(plain, expected, "2 workers"))
+        with tempfile.TemporaryDirectory() as folder:
+            canary = os.path.join(folder, "died")
+            killed = [(k, repeat, canary if k == len(plain) // 2 else None) for k in range(len(plain))]
+            taken.setdefault((engine, "killed"), []).append(cluster.time(killed, expected, "one killed"))
+            if not os.path.exists(canary):
+                raise SystemExit(f"{engine}: nobody was killed")
+
+
+def ratio(above, below):
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", default="local,dask,ray")
-    parser.add_argument("--blocks", type=int, default=80)
+    parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", type=float, default=0.15)
+    parser.add_argument("--work", type=float, default=0.12)
     options = parser.parse_args()
-    work((0, 1, None))
-    started = time.perf_counter()
-    work((0, 20, None))
-    repeat = max(1, round(options.work / (time.perf_counter() - started) * 20))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import bench_scaleout as functions  # by its name: of __main__, engines would send the features along with every block
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # it reports the kill
+    functions.work((0, 1, None))
+    started = time.process_time()
+    functions.work((0, 20, None))
+    repeat = max(1, round(options.work / (time.process_time() - started) * 20))
     plain = [(k, repeat, None) for k in range(options.blocks)]
     started = time.perf_counter()
-    expected = merge_all(map(work, plain))
+    expected = merge_all(map(functions.work, plain))
     serial = time.perf_counter() - started
     print(f"{options.blocks} blocks of {serial / options.blocks:.3f} s; serial {serial:.2f} s; {cores()} cores")
-    print(f"load {os.getloadavg()[0]:.1f}; a result of 256 channels is {len(expected.to_bytes())} bytes")
+    print(f"load {os.getloadavg()[0]:.1f}; a result of 256 channels is {len(expected.to_bytes())} bytes", flush=True)
     engines = options.engines.split(",")
-    taken = {}
-    for number in range(options.rounds):
-        for engine in engines:
-            with tempfile.TemporaryDirectory() as folder:
-                canary = os.path.join(folder, "died")
-                killed = [(k, repeat, canary if k == options.blocks // 2 else None) for k in range(options.blocks)]
-                for what, workers, blocks in (("one", 1, plain), ("two", 2, plain), ("killed", 2, killed)):
-                    seconds, merged = run(engine, workers, blocks)
-                    if not merged.same_bits(expected):
-                        raise SystemExit(f"{engine}, {what}: other bits than the serial run")
-                    taken.setdefault((engine, what), []).append(seconds)
-                if not os.path.exists(canary):
-                    raise SystemExit(f"{engine}: nobody was killed")
-        print(f"round {number + 1}: all bits as in the serial run", flush=True)
-    heads = ("1 worker", "2 workers", "speed-up", "1 of 2 killed", "to undisturbed", "ms per block")
-    print("engine  ", *(f"{head:>15}" for head in heads))
     for engine in engines:
-        one, two, killed = (statistics.median(taken[engine, what]) for what in ("one", "two", "killed"))
-        cells = (f"{one:.2f} s", f"{two:.2f} s", f"{one / two:.2f}x", f"{killed:.2f} s", f"{killed / two:.2f}x",
-                 f"{1e3 * overhead(engine):.2f}")  # fmt: skip
+        cluster = Cluster(engine, 1, functions)
+        seconds = cluster.time(plain, expected, "1 worker")
+        cluster.close()
+        print(f"{engine}, 1 worker: {seconds:.2f} s, the bits of the serial run", flush=True)
+    taken = {}
+    clusters = {engine: Cluster(engine, 2, functions) for engine in engines}
+    for number in range(options.rounds):
+        one_round(clusters, functions, plain, expected, repeat, taken)
+        print(f"round {number + 1}: all bits as in the serial run", flush=True)
+    heads = ("2 workers", "to serial", "to bare", "1 of 2 killed", "to undisturbed", "ms per block")
+    print("        ", *(f"{head:>15}" for head in heads))
+    alone, limit = taken["serial", "two"], taken["bare", "two"]
+    print(f"{'serial':8} {statistics.median(alone):>13.2f} s")
+    print(f"{'bare':8} {statistics.median(limit):>13.2f} s {ratio(alone, limit):>14.2f}x")
+    for engine, cluster in clusters.items():
+        two, killed = taken[engine, "two"], taken[engine, "killed"]
+        cells = (f"{statistics.median(two):.2f} s", f"{ratio(alone, two):.2f}x", f"{ratio(limit, two):.2f}x",
+                 f"{statistics.median(killed):.2f} s", f"{ratio(killed, two):.2f}x",
+                 f"{1e3 * cluster.overhead():.2f}")  # fmt: skip
         print(f"{engine:8}", *(f"{cell:>15}" for cell in cells))
+        cluster.close()
 
 
 if __name__ == "__main__":

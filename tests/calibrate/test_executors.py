@@ -67,6 +67,13 @@ def test_a_dask_cluster_started_here_keeps_glibcs_own_rule_for_large_blocks_of_m
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_block_that_is_done_again_does_not_hold_up_the_blocks_after_it(engine, tmp_path):
+    made = [(number, str(tmp_path)) for number in range(40)]
+    assert all(map_blocks(work.first_waits_for_the_thirtieth, made, engine=engine, workers=2))
+    assert os.path.exists(tmp_path / "died")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_block_that_kills_every_worker_ends_the_run_with_its_number(engine):
     with pytest.raises(WorkerLost, match="block 3: its worker process died 2 times" if engine == "local" else "lost"):
         list(map_blocks(work.always_dies, range(4), engine=engine, workers=1, retries=1))

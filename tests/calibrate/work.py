@@ -123,3 +123,19 @@ def waits_for_the_other(block):
     while not os.path.exists(os.path.join(folder, "redone")) and time.monotonic() < deadline:
         time.sleep(0.02)
     return os.path.exists(os.path.join(folder, "redone"))
+
+
+def first_waits_for_the_thirtieth(block):
+    """Block 0 kills its process; when it is done again, it ends when block 30 has been done, or with False."""
+    number, folder = block
+    file = os.path.join(folder, "thirty")
+    if number == 0:
+        die_once(os.path.join(folder, "died"))
+        deadline = time.monotonic() + 60
+        while not os.path.exists(file) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return os.path.exists(file)
+    if number == 30:
+        with open(file, "w"):
+            pass
+    return True
