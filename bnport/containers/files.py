@@ -44,14 +44,17 @@ class ReadFile:
             raise FormatError(
                 f"{printable(self.path)}: {printable(what)} should be {length} bytes at {offset}, the file has {self.size}"
             )
-        parts = []
-        while length:
-            part = os.pread(self._descriptor, length, offset)
+        data = os.pread(self._descriptor, length, offset)
+        if len(data) == length:
+            return data
+        parts, done = [data], len(data)
+        while done < length:  # a system may give less at once, 2 GiB for example
+            part = os.pread(self._descriptor, length - done, offset + done)
             if not part:
                 raise FormatError(f"{printable(self.path)}: shrank while {printable(what)} was read")
             parts.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            done += len(part)
+        return b"".join(parts)
 
     def fileno(self) -> int:
         """The descriptor, for os.copy_file_range and the like; it belongs to this object."""
@@ -64,8 +67,10 @@ class ReadFile:
             self._descriptor = -1
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError, AttributeError, TypeError):
+        try:  # noqa: SIM105  (at the interpreter's end contextlib may be gone already)
             self.close()
+        except (OSError, AttributeError, TypeError):
+            pass
 
 
 def sha256(path: str) -> str:

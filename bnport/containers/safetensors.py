@@ -31,6 +31,7 @@ _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 _OPAQUE = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
 
 
+_SIZES = {**{theirs: ITEM_SIZE[ours] for theirs, ours in DTYPES.items()}, **_OPAQUE}
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -173,25 +174,26 @@ def _parse(shown: str, text: bytes) -> dict[str, Any]:
 
 
 def _place(shown: str, name: str, value: Any, data: int) -> _Place:
-    def refuse(why: str) -> NoReturn:
-        raise FormatError(f"{shown}: {printable(name)}: {why}")
-
     if not isinstance(value, dict) or value.keys() != _KEYS:
-        refuse("expected dtype, shape and data_offsets in the safetensors header")
+        _refuse(shown, name, "expected dtype, shape and data_offsets in the safetensors header")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in _OPAQUE):
-        refuse(f"unknown dtype {printable(dtype, 40)}")
+    size = _SIZES.get(dtype) if isinstance(dtype, str) else None
+    if size is None:
+        _refuse(shown, name, f"unknown dtype {printable(dtype, 40)}")
     if not _lengths(shape) or len(shape) > MOST_DIMENSIONS:
-        refuse(f"its shape should be a list of sizes, it is {printable(shape, 60)}")
+        _refuse(shown, name, f"its shape should be a list of sizes, it is {printable(shape, 60)}")
     if not _lengths(offsets) or len(offsets) != 2:
-        refuse(f"data_offsets should be two positions, they are {printable(offsets, 60)}")
-    size = _OPAQUE[dtype] if dtype in _OPAQUE else ITEM_SIZE[DTYPES[dtype]]
+        _refuse(shown, name, f"data_offsets should be two positions, they are {printable(offsets, 60)}")
     for side in shape:
         size *= side
     begin, end = offsets
     if end - begin != size:
-        refuse(f"{dtype} of shape {tuple(shape)} is {size} bytes, data_offsets span {end - begin}")
+        _refuse(shown, name, f"{dtype} of shape {tuple(shape)} is {size} bytes, data_offsets span {end - begin}")
     return _Place(dtype, tuple(shape), data + begin, data + end)
+
+
+def _refuse(shown: str, name: str, why: str) -> NoReturn:
+    raise FormatError(f"{shown}: {printable(name)}: {why}")
 
 
 def _lengths(value: Any) -> bool:

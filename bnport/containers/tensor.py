@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 from bnport._lazy import TYPE_CHECKING, np
 from bnport.errors import FormatError, printable
@@ -40,10 +41,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Number of elements."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
