@@ -4,7 +4,7 @@
 
 PERFORMANCE row 11: at least 50 times one call per layer, at least 300 times building the layers for it. The ways are run in
 turn in every round (bnport five times, as it takes milliseconds); medians are compared. Building is timed on fewer layers
-and scaled, as it takes seconds. `bnport_rounded` compares targets whose epsilon was absorbed, so that every channel needs its bound.
+and scaled, as it takes seconds. `bnport_rounded` compares targets whose epsilon was absorbed: every channel needs its bound.
 """
 
 from __future__ import annotations
