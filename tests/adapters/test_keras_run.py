@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 import bnport
 from bnport import adapters
+from bnport.adapters.keras import compiled
 from bnport.errors import NotFound
 from tests.adapters.contract import assert_same_bits, telling_record
 
@@ -73,6 +75,19 @@ def test_the_layer_is_called_with_the_rank_it_was_built_for(shape, axis):
     assert_bounded(KERAS.run(model, "bn", x), record, x)
     assert len(layer._inbound_nodes) == nodes
     assert model.predict(np.zeros((1, *shape), "f4"), verbose=0).shape == (1, *shape)
+
+
+def test_a_run_leaves_no_graph_that_refers_to_the_layer():
+    layer = keras.layers.BatchNormalization(name="bn")
+    model = keras.Sequential([keras.Input((5,)), layer])
+    kinds = len(compiled._model_types())
+    assert not compiled.may_be_traced(layer)
+    assert set(KERAS.run(model, "bn", np.zeros((2, 5), "f4"))) == {"model(x)", "predict"}
+    assert not compiled.may_be_traced(layer)
+    assert len(compiled._model_types()) == kinds
+    assert gc.isenabled()
+    model.predict(np.zeros((2, 5), "f4"), verbose=0)
+    assert compiled.may_be_traced(layer)
 
 
 def test_what_is_read_back_has_the_numbers_and_no_evidence_for_pairing():

@@ -239,7 +239,7 @@ def _assign(variable: Any, array: Array) -> Callable[[], object]:
     held = variable.value
     if callable(held):  # a tf.Variable (tf_keras), whose value is a method
         held = variable
-    if array.dtype == held.dtype and hasattr(held, "read_value"):
+    if hasattr(held, "read_value") and array.dtype == held.dtype:
         old = held.read_value()
         held.assign(array, read_value=False)
         return lambda: held.assign(old)

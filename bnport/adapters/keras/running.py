@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from bnport.adapters.keras import live
 from bnport.errors import FormatError, MissingDependency, NotFound, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from bnport.adapters.keras.entry import Entry
     from bnport.record import Array
@@ -35,7 +37,8 @@ def run_all(
         package = _keras(next((_package_of(layer) for layer in layers.values()), "keras"))
     shaped = {name: _shaped(layers[name], np.asarray(x), name) for name, x in inputs.items()}
     direct = [layers[name](x, training=False) for name, x in shaped.items()]
-    predicted = _predicted(package, list(layers.values()), list(shaped.values()))
+    with _forgetting():
+        predicted = _predicted(package, list(layers.values()), list(shaped.values()))
     to_numpy = package.ops.convert_to_numpy if hasattr(package, "ops") else np.asarray
     return {
         name: {
@@ -72,6 +75,23 @@ def _shaped(layer: Any, x: Array, name: str) -> Array:
     shape = [x.shape[0]] + [1] * (rank - 1)
     shape[axis] = x.shape[1]
     return x.reshape(shape)
+
+
+@contextlib.contextmanager
+def _forgetting() -> Iterator[None]:
+    """What is made inside and not kept is gone afterwards, cycles included, at the price of a look at it alone.
+
+    The graphs of a model live in cycles, and would refer to the layers' variables until some later collection.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()  # nothing ages: all that is new stays in the youngest generation
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect(0)
 
 
 def _predicted(package: Any, layers: list[Any], inputs: list[Array]) -> list[Array]:
