@@ -14,7 +14,7 @@ import math
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.errors import InvalidValue, Unrepresentable
-from bnport.rounding import LARGEST, UNIT_ROUNDOFF, meant_epsilon, round_to
+from bnport.rounding import LARGEST, UNDERFLOW, UNIT_ROUNDOFF, meant_epsilon, round_to
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
@@ -284,13 +284,14 @@ class BatchNorm:
     def storage_bound(self, x: ArrayLike, *, dtype: str = "float32") -> Array:
         """Largest change of self(x) by rounding every parameter once to `dtype`: 2u|a (x - mean)| + u(|a mean| + |beta|).
 
-        gamma contributes u, variance at most u/2 and epsilon nothing; mean and beta one rounding each.
+        gamma contributes u, variance at most u/2 and epsilon nothing; mean and beta one rounding each, or half the
+        spacing of subnormals (a tiny mean of a float16 layer becomes 0).
         """
         u = UNIT_ROUNDOFF[dtype]
         a, _ = self.affine()
         centred = np.asarray(x, np.float64) - self.mean
         bound: Array = u * (2 * np.abs(a * centred) + np.abs(a * self.mean) + np.abs(self.beta))
-        return bound
+        return bound + UNDERFLOW[dtype] * (1 + np.abs(a))
 
     def probes(self, dtype: str = "float32") -> Array:
         """Inputs that tell mistakes apart, float64 values exactly representable in `dtype`; shape (10, C).
@@ -309,7 +310,8 @@ class BatchNorm:
 
         Per channel, with s = variance + self.epsilon: variance' = s - epsilon where that is >= 0 (no gamma needed);
         elsewhere variance' = max(variance, 0) and gamma' = gamma * sqrt((variance' + epsilon) / s). A negative
-        variance is never made: legal here, it amplifies rounding up to 48 000 times and is NaN to other readers.
+        variance is never made: legal here, it amplifies rounding up to 48 000 times and is NaN to other readers. Raises
+        Unrepresentable where that overflows.
         """
         epsilon = checked_epsilon(epsilon)
         if epsilon == self.epsilon:
@@ -318,11 +320,17 @@ class BatchNorm:
         gamma = self.gamma.astype(np.float64)
         total = variance + self.epsilon
         shifted = total - epsilon
-        if self.epsilon > epsilon:  # one rounding instead of two when epsilon shrinks
-            shifted = variance + (self.epsilon - epsilon)
+        if self.epsilon > epsilon:  # one rounding instead of two when epsilon shrinks; a negative variance cancels
+            shifted = np.where(variance < 0, shifted, variance + (self.epsilon - epsilon))
         fits = (shifted >= 0) & (shifted + epsilon > 0)
         new_variance = np.where(fits, shifted, np.maximum(variance, 0.0))
-        new_gamma = np.where(fits, gamma, gamma * np.sqrt((new_variance + epsilon) / total))
+        with np.errstate(over="ignore"):
+            new_gamma = np.where(fits, gamma, gamma * np.sqrt((new_variance + epsilon) / total))
+        for name, array in (("variance", new_variance), ("gamma", new_gamma)):
+            if not np.isfinite(array).all():
+                raise Unrepresentable(
+                    f"{first_channels(~np.isfinite(array))}: {name} would overflow with epsilon {epsilon!r}"
+                )
         return self.replace(gamma=new_gamma, variance=new_variance, epsilon=epsilon)
 
     def without_gamma(self) -> BatchNorm:

@@ -4,8 +4,9 @@ Three rungs, each a `Check` in the report:
 
 bits      what was to be written is what is read back, bit for bit.
 affine    a = gamma / sqrt(variance + epsilon) and b = beta - mean a of both sides, in float64, epsilon as the float32 that
-          every engine uses: |da| <= 4u |a| and |db| <= 4u (|beta| + |a mean|), u the unit roundoff of the checked side's
-          stored dtype (rounding gamma, variance, mean and beta once costs at most 1.5u and 2.5u).
+          every engine uses (as it is where the checked side stores float64): |da| <= 4u |a| and
+          |db| <= 4u (|beta| + |a mean|) + w (1 + |a|), u the unit roundoff of the checked side's stored dtype (rounding
+          gamma, variance, mean and beta once costs at most 1.5u and 2.5u), w half the spacing of its subnormals.
 run       the real layer's output at the probes against the reference formula in float64, within the float32 error bound of
           record.error_bound plus the storage term; and against the source's own engine, within the sum of both bounds.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.errors import InvalidValue
 from bnport.record import FIELDS, BatchNorm
-from bnport.rounding import UNIT_ROUNDOFF, round_to
+from bnport.rounding import UNDERFLOW, UNIT_ROUNDOFF, round_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from bnport.layer import Change, Layer
     from bnport.record import Array
 
-    _Pair: TypeAlias = tuple[str, BatchNorm, BatchNorm, float]  # target layer, source's, held, unit roundoff
+    _Pair: TypeAlias = tuple[str, BatchNorm, BatchNorm, str]  # target layer, source's, held, the dtype that is stored
 
 EXACT, BOUNDED, DIFFERENT, INVALID = "exact", "bounded", "different", "invalid"
 
@@ -57,11 +58,9 @@ class Compared(NamedTuple):
 
     def affine(self) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
         """Per channel, for the slope and for the intercept: the source's, the one held, and error / bound."""
-        a, b, size = _affine([self.source], [self.source.channels])
-        new_a, new_b, new_size = _affine([self.held], [self.held.channels])
-        unit = 4 * UNIT_ROUNDOFF[self.dtype]
-        ratio_a = _ratio(np.abs(new_a - a), unit * np.abs(a))
-        return (a, new_a, ratio_a), (b, new_b, _ratio(np.abs(new_b - b), unit * np.maximum(size, new_size)))
+        (a, b), (new_a, new_b), errors, bounds = _held_against([("", self.source, self.held, self.dtype)])
+        ratio_a, ratio_b = map(_ratio, errors, bounds)
+        return (a, new_a, ratio_a), (b, new_b, ratio_b)
 
 
 class LayerReport(NamedTuple):
@@ -161,7 +160,7 @@ def compare(
         both = Compared(ours, theirs, held.dtype)
         reports[target] = LayerReport(target, source, ours.channels, EXACT, _ALL_EQUAL, compared=both)
         if ours != theirs:
-            rounded.append((target, ours, theirs, UNIT_ROUNDOFF[held.dtype]))
+            rounded.append((target, ours, theirs, held.dtype))
     for (target, *_), checks in zip(rounded, _affine_checks(rounded), strict=True):
         status = BOUNDED if all(check.ok for check in checks) else DIFFERENT
         reports[target] = reports[target]._replace(status=status, checks=checks)
@@ -188,11 +187,7 @@ def _affine_checks(pairs: list[_Pair]) -> Iterator[tuple[Check, Check]]:
 def _checks_of(pairs: list[_Pair]) -> Iterator[tuple[Check, Check]]:
     """The checks on a and b of each pair, computed over the channels of all of them."""
     counts = [ours.channels for _, ours, _, _ in pairs]
-    a, b, size = _affine([ours for _, ours, _, _ in pairs], counts)
-    new_a, new_b, new_size = _affine([theirs for _, _, theirs, _ in pairs], counts)
-    unit = np.repeat([4 * unit for *_, unit in pairs], counts)
-    errors = np.abs(new_a - a), np.abs(new_b - b)
-    bounds = unit * np.abs(a), unit * np.maximum(size, new_size)
+    _, _, errors, bounds = _held_against(pairs)
     ratios = [_ratio(error, bound) for error, bound in zip(errors, bounds, strict=True)]
     end = 0
     for count in counts:
@@ -205,10 +200,27 @@ def _checks_of(pairs: list[_Pair]) -> Iterator[tuple[Check, Check]]:
         yield found[0], found[1]
 
 
-def _affine(records: list[BatchNorm], counts: list[int]) -> tuple[Array, Array, Array]:
-    """(a, b, |beta| + |a mean|) over the channels of all records (`counts` of them each), with epsilon as float32."""
+def _held_against(pairs: list[_Pair]) -> tuple[tuple[Array, Array], ...]:
+    """Over the channels of all pairs: (a, b) of the sources, of those held, their distances, and the bounds of these."""
+    counts = [ours.channels for _, ours, _, _ in pairs]
+    wide = np.array([dtype == "float64" for *_, dtype in pairs])
+    a, b, size = _affine([ours for _, ours, _, _ in pairs], counts, wide)
+    new_a, new_b, new_size = _affine([theirs for _, _, theirs, _ in pairs], counts, wide)
+    unit = np.repeat([4 * UNIT_ROUNDOFF[dtype] for *_, dtype in pairs], counts)
+    least = np.repeat([UNDERFLOW[dtype] for *_, dtype in pairs], counts)
+    slope = np.abs(a)
+    bounds = unit * slope, unit * np.maximum(size, new_size) + least * (1 + slope)
+    return (a, b), (new_a, new_b), (np.abs(new_a - a), np.abs(new_b - b)), bounds
+
+
+def _affine(records: list[BatchNorm], counts: list[int], wide: Array) -> tuple[Array, Array, Array]:
+    """(a, b, |beta| + |a mean|) over the channels of all records (`counts` of them each).
+
+    epsilon is the float32 next to it unless the pair is `wide`: engines that compute in float64 take it as it is.
+    """
     gamma, beta, mean, variance = np.concatenate([r.values for r in records], axis=1).astype(np.float64)
-    variance += np.repeat(np.array([r.epsilon for r in records], np.float32).astype(np.float64), counts)
+    epsilon = np.array([r.epsilon for r in records], np.float64)
+    variance += np.repeat(np.where(wide, epsilon, epsilon.astype(np.float32)), counts)
     a = np.divide(gamma, np.sqrt(variance, out=variance), out=gamma)
     shift = np.multiply(mean, a, out=mean)
     size = np.abs(beta) + np.abs(shift)

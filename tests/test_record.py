@@ -257,6 +257,18 @@ def test_a_16_bit_output_is_within_its_own_bound(dtype, bn):
     assert (np.abs(stored - bn(x))[keep] <= bound[keep]).all()
 
 
+@given(bn=records(), dtype=st.sampled_from(["float32", "float16", "bfloat16"]))
+@settings(max_examples=300)
+def test_parameters_rounded_once_move_the_output_within_the_storage_bound(bn, dtype):
+    try:
+        stored = bn.rounded(dtype)
+    except Unrepresentable:
+        assume(False)
+    x = bn.probes()
+    moved = np.abs(stored(x) - bn(x))
+    assert (moved <= 1.02 * bn.storage_bound(x, dtype=dtype) + 1e-12 * np.abs(bn(x))).all()
+
+
 # ---- the same function in another form
 
 
@@ -277,6 +289,29 @@ def test_absorbed_and_rounded_to_float32_it_is_the_same_function_within_three_ul
     except Unrepresentable:
         assume(False)
     assert_same_function(bn, fitted, ulps=3, unit=U32)
+
+
+@given(
+    st.sampled_from([1.0, 1e-3, 1e-5]),
+    st.lists(st.floats(1e-16, 1.0), min_size=3, max_size=3),
+    st.one_of(st.just(0.0), single(1e-16, 10.0)),
+)
+@settings(max_examples=300)
+def test_a_variance_just_above_minus_epsilon_keeps_its_function_with_any_epsilon(epsilon, parts, other):
+    variance = [-epsilon * (1 - part) for part in parts]
+    assume(all(v + epsilon > 0 for v in variance) and other != epsilon)
+    bn = BatchNorm(
+        gamma=[0.3, -2.0, 1.0], beta=[0.5, 0.0, -1.0], mean=[0.1, -0.2, 3.0], variance=variance, epsilon=epsilon
+    )
+    changed = bn.with_epsilon(other)
+    assert (changed.variance >= 0).all()
+    assert_same_function(bn, changed, ulps=4)
+
+
+def test_what_overflows_with_another_epsilon_is_unrepresentable_and_names_the_channel():
+    bn = BatchNorm(gamma=[1.0, 1e300], mean=[0.0, 0.0], variance=[1.0, 0.0], epsilon=1e-30)
+    with pytest.raises(Unrepresentable, match="channel 1: gamma would overflow with epsilon 10"):
+        bn.with_epsilon(10.0)
 
 
 def test_a_legal_negative_variance_becomes_positive_with_another_epsilon():

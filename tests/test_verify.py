@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnport.layer import Change
+from bnport.layer import Change, Layers
 from bnport.record import FIELDS, BatchNorm
 from bnport.report import as_text
 from bnport.verify import BOUNDED, DIFFERENT, EXACT, INVALID, Report, check_bits, check_run, compare, with_checks
@@ -187,3 +187,44 @@ def test_a_name_cannot_drive_the_terminal():
         layers=compare({evil: layer_of(telling(), evil)}, {evil: layer_of(telling(), evil)}, {evil: evil}).values(),
     )
     assert "\x1b" not in str(report)
+
+
+def _keras_layer(bn: BatchNorm, dtype: str, epsilon: float):
+    import keras
+
+    layer = keras.layers.BatchNormalization(epsilon=epsilon, dtype=dtype)
+    layer.build((None, bn.channels))
+    layer.set_weights([bn.gamma, bn.beta, bn.mean, bn.variance])
+    return layer
+
+
+def test_an_epsilon_absorbed_for_a_float64_layer_is_the_same_function_as_the_real_layer_says():
+    bn = telling()
+    fitted = bn.fit(epsilon=1e-3, dtype="float64").record
+    x = bn.probes("float64")
+    found = np.asarray(_keras_layer(fitted, "float64", 1e-3)(x))
+    np.testing.assert_allclose(found, bn(x), rtol=1e-13, atol=1e-13 * np.abs(bn(x)).max())
+    held = Layers([layer_of(fitted, "b").but(dtype="float64")], source="made", format="made")
+    assert compare(layers_of({"a": bn}), held, {"b": "a"})["b"].status == BOUNDED
+    # and what an engine in float64 can tell apart is not called the same
+    wrong = fitted.replace(epsilon=float(np.nextafter(np.float32(1e-3), 1)) + 1e-12)
+    held = Layers([layer_of(wrong, "b").but(dtype="float64")], source="made", format="made")
+    assert compare(layers_of({"a": bn}), held, {"b": "a"})["b"].status == DIFFERENT
+
+
+def test_a_mean_too_small_for_float16_is_bounded_and_within_the_real_layers_bound():
+    bn = BatchNorm(
+        gamma=[1.0, -1.0, 2.0, 0.5], mean=np.float32([0.5, -3.7e-9, 1, -1]), variance=[0.5, 0.25, 1, 2], epsilon=1e-3
+    )
+    fitted = bn.fit(dtype="float16").record
+    assert fitted.mean[1] == 0
+    held = Layers([layer_of(fitted, "b").but(dtype="float16")], source="made", format="made")
+    assert compare(layers_of({"a": bn}), held, {"b": "a"})["b"].status == BOUNDED
+    layer = _keras_layer(fitted, "float16", 1e-3)
+    checks = check_run(
+        bn, fitted, lambda x: {"call": np.asarray(layer(x.astype(np.float16), training=False))}, dtype="float16"
+    )
+    assert all(check.ok for check in checks)
+    # the same distance is a mistake where the dtype could have held the mean
+    held = Layers([layer_of(fitted, "b")], source="made", format="made")
+    assert compare(layers_of({"a": bn}), held, {"b": "a"})["b"].status == DIFFERENT
