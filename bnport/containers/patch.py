@@ -19,9 +19,24 @@ if TYPE_CHECKING:
     from bnport.containers.zip import Archive, Member
 
 _POLYNOMIAL = 0xEDB88320  # CRC-32 of zip, bits reversed
-_CRC_AT, _CENTRAL_CRC_AT = 14, 16  # in the local header and in the central directory; sizes follow (APPNOTE 4.3)
-_CENTRAL_OFFSET_AT = 42
+_DESCRIPTOR = 1 << 3  # sizes and CRC follow the data
 _MAX32 = 0xFFFFFFFF
+
+
+class _Header(NamedTuple):
+    """Where the parts of a member's header are (APPNOTE 4.3.7, 4.3.12); the local one has no `offset`."""
+
+    flags: int
+    crc: int
+    compressed: int
+    size: int
+    name_length: int
+    offset: int
+    length: int  # then come the name and the extra fields
+
+
+_LOCAL = _Header(flags=6, crc=14, compressed=18, size=22, name_length=26, offset=-1, length=30)
+_CENTRAL = _Header(flags=8, crc=16, compressed=20, size=24, name_length=28, offset=42, length=46)
 
 
 class Patch(NamedTuple):
@@ -122,22 +137,40 @@ def crc_patches(archive: Archive, member: Member, patches: Iterable[Patch]) -> l
         member.crc, ((p.offset - start, archive.file.pread(p.offset, len(p.data)), p.data) for p in ordered), size
     )
     value = crc.to_bytes(4, "little")
-    places = [Patch(member.header_offset + _CRC_AT, value), Patch(member.central_offset + _CENTRAL_CRC_AT, value)]
-    if member.flags & 1 << 3:
-        at = end
-        if archive.file.pread(at, 4, "data descriptor") == b"PK\x07\x08":
-            at += 4
-        places = [Patch(at, value), places[1]]
-        if archive.file.pread(member.header_offset + _CRC_AT, 4) == member.crc.to_bytes(4, "little"):
-            places.append(Patch(member.header_offset + _CRC_AT, value))
+    places = [Patch(member.header_offset + _LOCAL.crc, value), Patch(member.central_offset + _CENTRAL.crc, value)]
+    if member.flags & _DESCRIPTOR:
+        _, marked = _descriptor(archive, member)
+        places = [Patch(end + 4 * marked, value), places[1]]
+        if archive.file.pread(member.header_offset + _LOCAL.crc, 4) == member.crc.to_bytes(4, "little"):
+            places.append(Patch(member.header_offset + _LOCAL.crc, value))
     return places
+
+
+def _descriptor(archive: Archive, member: Member) -> tuple[int, bool]:
+    """(length, whether it begins with a signature) of the data descriptor behind a member, known by what it says."""
+    end = member.data_offset + member.compressed
+    there = archive.file.pread(end, min(24, member.limit - end), "data descriptor")
+    crc = member.crc.to_bytes(4, "little")
+    for width in (8, 4):  # 64-bit sizes or not: only the values tell (APPNOTE 4.3.9)
+        if max(member.compressed, member.size) >= 1 << 8 * width:
+            continue
+        sizes = member.compressed.to_bytes(width, "little") + member.size.to_bytes(width, "little")
+        for signature in (b"PK\x07\x08", b""):
+            expected = signature + crc + sizes
+            if there.startswith(expected):
+                return len(expected), bool(signature)
+    raise FormatError(
+        f"{printable(archive.file.path)}: member {printable(member.name)!r}: no data descriptor behind it that agrees with"
+        " the directory"
+    )
 
 
 def replace_members(archive: Archive, out: str, contents: dict[str, bytes], patches: Iterable[Patch] = ()) -> None:
     """Fill the empty file `out` with the archive, some members having new contents; every other byte is copied.
 
     `patches` are in offsets of the old archive, outside the replaced members. A replaced member is stored or deflated
-    as it was. What follows it moves, and so do the entries of the central directory.
+    as it was; sizes and checksum that followed it (a data descriptor) stand in its header now. What follows it moves,
+    and so do the entries of the central directory.
     """
     file = archive.file
     directory = min((m.central_offset for m in archive.members.values()), default=file.size)
@@ -149,12 +182,13 @@ def replace_members(archive: Archive, out: str, contents: dict[str, bytes], patc
         if member.method == 8:
             packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
             data = packer.compress(plain) + packer.flush()
-        if max(len(plain), len(data)) >= _MAX32 or member.flags & 1 << 3 or member.size >= _MAX32:
-            raise FormatError(f"{printable(file.path)}: member {printable(name)!r} cannot be replaced in place")
-        sums = b"".join(v.to_bytes(4, "little") for v in (zlib.crc32(plain), len(data), len(plain)))
-        header = member.header_offset + _CRC_AT
-        edits += [(header, header + 12, sums), (member.data_offset, member.data_offset + member.compressed, data)]
-        renewed[name] = sums
+        new = renewed[name] = _Sums(zlib.crc32(plain), len(data), len(plain))
+        start, end = member.data_offset, member.data_offset + member.compressed
+        header = bytearray(file.pread(member.header_offset, start - member.header_offset, "local header"))
+        _renew(header, 0, _LOCAL, new, member)
+        if member.flags & _DESCRIPTOR:
+            end += _descriptor(archive, member)[0]
+        edits += [(member.header_offset, start, bytes(header)), (start, end, data)]
     edits.sort()
     tail = _directory(archive, directory, edits, renewed)
     moved = [Patch(_moved(p.offset, edits), p.data) for p in patches if p.offset < directory]
@@ -186,7 +220,45 @@ def _patched(tail: bytes, start: int, patches: list[Patch]) -> bytes:
     return bytes(changed)
 
 
-def _directory(archive: Archive, start: int, edits: list[tuple[int, int, bytes]], renewed: dict[str, bytes]) -> bytes:
+class _Sums(NamedTuple):
+    """What a header says of a member's bytes."""
+
+    crc: int
+    compressed: int
+    size: int
+
+
+def _renew(header: bytearray, at: int, form: _Header, new: _Sums, member: Member) -> None:
+    """Checksum and sizes into the header at `at`, which says from now on that they stand there."""
+    header[at + form.crc : at + form.crc + 4] = new.crc.to_bytes(4, "little")
+    _put(header, at, form, form.size, new.size, member)
+    _put(header, at, form, form.compressed, new.compressed, member)
+    header[at + form.flags] &= ~_DESCRIPTOR
+
+
+def _put(header: bytearray, at: int, form: _Header, field: int, value: int, member: Member) -> None:
+    """A size or an offset, in 32 bits, or in the 64 of the zip64 extra field if that is where it stands."""
+
+    def number(place: int, length: int) -> int:
+        return int.from_bytes(header[place : place + length], "little")
+
+    wide = [f for f in (form.size, form.compressed, form.offset) if f >= 0 and number(at + f, 4) == _MAX32]
+    place, width = at + field, 4
+    if field in wide:
+        extra = at + form.length + number(at + form.name_length, 2)
+        while number(extra, 2) != 1:  # it is there: the reader has taken the number from it
+            extra += 4 + number(extra + 2, 2)
+            if extra >= len(header):
+                raise FormatError(f"{printable(member._file.path)}: was changed meanwhile")
+        place, width = extra + 4 + 8 * wide.index(field), 8
+    elif value >= _MAX32:
+        raise FormatError(
+            f"{printable(member._file.path)}: member {printable(member.name)!r} grows beyond what its zip header can say"
+        )
+    header[place : place + width] = value.to_bytes(width, "little")
+
+
+def _directory(archive: Archive, start: int, edits: list[tuple[int, int, bytes]], renewed: dict[str, _Sums]) -> bytes:
     """The central directory and all after it, with offsets, sizes and checksums as they have to be."""
     file = archive.file
     tail = bytearray(file.pread(start, file.size - start, "central directory"))
@@ -202,14 +274,10 @@ def _directory(archive: Archive, start: int, edits: list[tuple[int, int, bytes]]
     for member in archive.members.values():
         at = member.central_offset - start
         if member.name in renewed:
-            tail[at + _CENTRAL_CRC_AT : at + _CENTRAL_CRC_AT + 12] = renewed[member.name]
+            _renew(tail, at, _CENTRAL, renewed[member.name], member)
         where = _moved(member.header_offset, edits)
-        if number(at + _CENTRAL_OFFSET_AT, 4) != _MAX32:
-            put(at + _CENTRAL_OFFSET_AT, 4, where)
-        elif where != member.header_offset:
-            raise FormatError(
-                f"{printable(file.path)}: member {printable(member.name)!r} lies beyond 4 GiB and would move"
-            )
+        if where != member.header_offset:
+            _put(tail, at, _CENTRAL, _CENTRAL.offset, where, member)
     end = _end_record(tail)
     new_start = _moved(start, edits)
     if number(end + 16, 4) != _MAX32:

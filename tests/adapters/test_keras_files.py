@@ -194,6 +194,37 @@ def test_a_compressed_archive_and_compressed_arrays_are_rewritten_instead(tmp_pa
     assert model.get_layer("shared").get_weights()[2].tobytes() == before["shared"].mean.tobytes()
 
 
+class Unseekable:
+    """What zipfile has to stream into: sizes and checksums follow each member."""
+
+    def __init__(self, file):
+        self.write = file.write
+        self.flush = file.flush
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_that_was_streamed_is_written_so_that_keras_loads_it(tmp_path, method):
+    plain, source, out = (str(tmp_path / f"{n}.keras") for n in "pab")
+    model = nested()
+    model.save(plain)
+    with zipfile.ZipFile(plain) as a, open(source, "wb") as file, zipfile.ZipFile(Unseekable(file), "w", method) as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+    with zipfile.ZipFile(source) as a:
+        assert all(info.flag_bits & 8 for info in a.infolist())  # what this test is about
+    record = telling_record(3, epsilon=0.0625)
+    rewritten(source, out, {"bn": Change(record, frozenset({*FIELDS, "epsilon", "momentum"}), 0.5)})
+    with zipfile.ZipFile(out) as b:
+        assert b.testzip() is None
+    layer = model.get_layer("bn")
+    layer.set_weights([getattr(record, field) for field in FIELDS])
+    layer.epsilon, layer.momentum = record.epsilon, 0.5
+    loaded = keras.models.load_model(out)
+    assert (loaded.get_layer("bn").epsilon, loaded.get_layer("bn").momentum) == (0.0625, 0.5)
+    x = np.random.default_rng(1).normal(size=(4, 2, 2, 3)).astype(np.float32)
+    assert loaded(x).numpy().tobytes() == model(x).numpy().tobytes()
+
+
 def test_bfloat16_variables_are_read_and_written_in_sixteen_bits(tmp_path):
     source, out = tmp_path / "a.keras", tmp_path / "b.keras"
     model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn", dtype="bfloat16")])
