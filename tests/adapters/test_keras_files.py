@@ -467,23 +467,45 @@ def test_backslashes_of_windows_are_slashes(name, tmp_path):
         assert_is(layer, expected, path)
 
 
-def test_a_user_block_before_the_file_is_read_and_written_around(tmp_path):
+@pytest.mark.parametrize("size", [512, 1024, 4096, 1 << 20])
+def test_a_user_block_before_the_file_is_read_and_written_around(tmp_path, size):
     source, block, out = (str(tmp_path / f"{n}.h5") for n in "abc")
     model = nested()
     model.save(source)
-    with h5py.File(source) as a, h5py.File(block, "w", userblock_size=1024) as b:
+    with h5py.File(source) as a, h5py.File(block, "w", userblock_size=size) as b:
         for key in a:
             a.copy(key, b)
         b.attrs.update(a.attrs)
+    with open(block, "r+b") as file:
+        file.write(b"x" * size)
     before = bnport.read(source)
     for name, layer in bnport.read(block).items():
         assert_same_bits(layer.record, before[name].record)
     record = telling_record(3, epsilon=0.5)
     rewritten(block, out, {"bn": Change(record, frozenset({*FIELDS, "epsilon"}))})
+    with open(out, "rb") as file:
+        assert file.read(size) == b"x" * size
     assert_same_bits(bnport.read(out)["bn"].record, record)
     layer = keras.models.load_model(out).get_layer("bn")
     assert layer.epsilon == 0.5
     assert layer.get_weights()[0].tobytes() == record.gamma.astype(np.float32).tobytes()
+
+
+def test_only_a_file_named_like_hdf5_is_searched_for_a_large_user_block(tmp_path):
+    large = bytes(4096) + b"\x89HDF\r\n\x1a\n" + bytes(100)
+    for name, found in (
+        ("a.h5", True),
+        ("a.HDF5", True),
+        ("a.pth", False),
+        ("a.mat", False),
+        ("a.caffemodel.h5", False),
+    ):
+        (tmp_path / name).write_bytes(large)
+        assert KERAS.recognise(large[:4096], str(tmp_path / name)) is found
+    for at in (4095, 4097, 6144, 12288):  # no power of two
+        (tmp_path / "b.h5").write_bytes(bytes(at) + large[4096:])
+        assert not KERAS.recognise(bytes(4096), str(tmp_path / "b.h5"))
+    assert not KERAS.recognise(bytes(4096), str(tmp_path / "a.pth.missing"))
 
 
 # ---- refused

@@ -46,9 +46,25 @@ def recognise(head: bytes, path: str) -> bool:
     name = path.lower()
     if head.startswith(b"PK\x03\x04"):
         return name.endswith(".keras") or _first_member(head) in (b"metadata.json", b"config.json", b"model.weights.h5")
+    if name.endswith((".caffemodel.h5", ".mat")):
+        return False
     if any(head.startswith(_SIGNATURE, at) for at in (0, 512, 1024, 2048)):
-        return not name.endswith((".caffemodel.h5", ".mat"))
+        return True
+    if name.endswith((".h5", ".hdf5")):
+        return _is_behind_block(path)
     return name.endswith(".weights.json") and b'"weight_map"' in head
+
+
+def _is_behind_block(path: str) -> bool:
+    """Whether HDF5 begins behind a user block larger than what was read: 4096 bytes, or twice, four times ... that."""
+    from bnport.containers.files import ReadFile
+
+    file, at = ReadFile(path), 4096
+    while at + len(_SIGNATURE) <= file.size:
+        if file.pread(at, len(_SIGNATURE)) == _SIGNATURE:
+            return True
+        at *= 2
+    return False
 
 
 def _first_member(head: bytes) -> bytes:
