@@ -16,12 +16,16 @@ EPILOG = """examples:
   bnport calibrate model.keras --data photos/ --preprocessing resnet50 -o calibrated.keras --memory 8GB
   bnport calibrate model.keras --data photos/ --scale 1/255 --limit 10000 --resume run.npz -o calibrated.keras
   bnport calibrate model.keras --data data.npz --method precise --layers 'conv5_*' -o calibrated.keras
+  bnport calibrate model.keras --data photos/ --scale 1/255 --engine local --workers 4 -o calibrated.keras
 
 Methods (every layer's mean and variance over all the data):
   population  exact: what inference will see, all earlier layers on their own new statistics. Every operation runs once
   precise     one pass, layers normalise by their batch as in training; moments of all batches pooled (PreciseBN)
   average     the same pass; batch means and variances averaged, weighted by batch size (update_bn)
   moving      the same pass; exponential average from the stored values on, with the layer's momentum
+
+Every method runs with --engine too, on many processes or machines, to the same bits (with the same number of threads in
+each), also if a worker is killed; and goes on from --resume FILE with or without --engine.
 
 This command does run the model: it needs Keras and the model's backend (KERAS_BACKEND). MODEL is loaded in safe mode and
 refused if it holds Lambda layers or custom classes. MODEL is not changed; only mean and variance differ in OUT."""
@@ -50,7 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spill", metavar="DIR", help="where activations beyond --memory go (default: the system's temporary folder)"
     )
-    parser.add_argument("--resume", metavar="FILE", help="keep checkpoints in FILE, and go on from it if it is there")
+    parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="keep checkpoints in FILE (after every round of population, else every 30 s), and go on from it if it is there",
+    )
     parser.add_argument("--engine", metavar="NAME", help="run in many processes: local, dask or ray (see --spill)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes of --engine (default: one per core)")
     parser.add_argument("--address", metavar="URL", help="the Dask scheduler or Ray cluster that --engine joins")
