@@ -97,13 +97,15 @@ def test_show_warns_of_untrained_dead_nan_and_tiny(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["show", "nowhere.pth"], "nowhere.pth: no such file"),
-        (["show", str(DIGITS)], "not a model file"),
+        (["show", str(DIGITS)], "not a model file that bnport reads (a folder)"),
+        (["show", ""], "name is empty"),
         (["show", str(DIGITS / "make.py")], "not a model file that bnport reads"),
         (["show", "/dev/null"], "not a regular file"),
         (["show", PTH, "--format", "nonsense"], "no format 'nonsense'"),
         (["show", PTH, "--prototxt", "x"], "has no option prototxt"),
         (["show", TWIN, "--epsilon", "1e-5"], "holds the epsilon"),
         (["convert", PTH, TWIN], "name the file to make"),
+        (["convert", PTH, TWIN, "-o", ""], "the output's name is empty; name the file to make"),
         (["convert", PTH, TWIN, "-o", TWIN], "is the input"),
         (["convert", PTH, TWIN, "-o", "nowhere/out.keras"], "does not exist"),
         (["convert", PTH, TWIN, "-o", "/tmp"], "not a regular file"),
@@ -117,6 +119,12 @@ def test_a_wrong_call_is_one_line_that_says_why_and_exit_code_2(arguments, words
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_a_saved_model_folder_is_said_to_be_one(tmp_path, capsys):
+    (tmp_path / "saved_model.pb").write_bytes(b"x")
+    assert main(["show", str(tmp_path)]) == 2
+    assert "a folder, a TensorFlow SavedModel: load it and save the model as .keras" in capsys.readouterr().err
 
 
 def test_a_source_without_batchnorm_is_not_an_empty_success(tmp_path, capsys):

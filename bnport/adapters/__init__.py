@@ -109,7 +109,9 @@ def _of_file(path: str) -> Adapter:
         if suffix not in adapter.SUFFIXES and adapter.recognise(head, path):
             return adapter
     known = sorted({s for a in others for s in a.SUFFIXES})
-    what = "an empty file" if not head else f"its first bytes are {head[:8]!r}"
+    what = f"its first bytes are {head[:8]!r}" if head else "a folder" if os.path.isdir(path) else "an empty file"
+    if os.path.exists(os.path.join(path, "saved_model.pb")):
+        what = "a folder, a TensorFlow SavedModel: load it and save the model as .keras"
     raise FormatError(f"{printable(path)}: not a model file that bnport reads ({what}); it reads {', '.join(known)}")
 
 
@@ -142,7 +144,7 @@ def read_head(path: str) -> bytes:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise NotFound(f"{printable(path)}: no such file") from None
+        raise NotFound(f"{printable(path)}: no such file" if path else "a file's name is empty") from None
     except OSError as error:
         raise FormatError(f"{printable(path)}: {error.strerror}") from None
     if stat.S_ISDIR(mode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 
@@ -136,9 +135,11 @@ def copy_contents(source: str, out_descriptor: int) -> None:
 def check_output(out: str, *, force: bool = False, inputs: Iterable[str] = ()) -> None:
     """Refuse an output that must not be written, before any work is done.
 
-    Refused: a directory, device, FIFO or symbolic link; one of the `inputs`, also by hard link; an existing file
+    Refused: an empty name; a directory, device, FIFO or symbolic link; one of the `inputs`, also by hard link; an existing file
     without `force`; a missing or unwritable folder.
     """
+    if not out:
+        raise OutputError("the output's name is empty; name the file to make")
     shown = printable(out)
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder):
@@ -184,6 +185,8 @@ def replace_file(
     error the new file is removed and whatever was at `out` is untouched. Raises OutputError for what check_output
     refuses and for a full disk or an I/O error; errors of `build` and `check` pass through.
     """
+    import contextlib
+
     check_output(out, force=force, inputs=inputs)
     folder, name = os.path.split(os.path.abspath(out))
     mode = 0o666
