@@ -11,6 +11,7 @@ node.map_arguments, _flatten_to_reference_inputs. They are not public: where one
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     Run = Callable[[list[Any]], Sequence[Any]]
 
 DATA: Key = 0  # the key of a whole batch, as the caller gave it
+
+# Keras 3 layers whose __call__, at inference and on tensors of their dtype without masks, comes to their call(): what
+# lies between (signatures, masks, casts, scopes, regularizers) is half of the time that small batches take.
+PLAIN = """
+Activation Add Average AveragePooling1D AveragePooling2D AveragePooling3D BatchNormalization Concatenate Conv1D Conv2D
+Conv3D Cropping2D Dense DepthwiseConv1D DepthwiseConv2D Dropout ELU Flatten GlobalAveragePooling2D GlobalMaxPooling2D
+LeakyReLU MaxPooling1D MaxPooling2D MaxPooling3D Maximum Minimum Multiply ReLU Reshape SeparableConv2D Subtract
+UpSampling2D ZeroPadding1D ZeroPadding2D ZeroPadding3D
+"""
 
 
 class Step:
@@ -179,10 +189,17 @@ class _Builder:
             operation, "_call_has_training_arg", False
         )
 
+        plain = _is_plain(self.live, operation)
+        takes_training = plain and "training" in inspect.signature(operation.call).parameters
+
         def run(values: list[Any]) -> Sequence[Any]:
             args, kwargs = node.arguments.fill_in(dict(zip(ids, values, strict=True)))
             if trains:
                 kwargs = {**kwargs, "training": False}  # as Functional passes its own on to every layer
+            if plain and all(self.live.as_it_is(operation, x) for x in values):
+                if not takes_training:  # a layer drops what its call() does not take
+                    kwargs.pop("training", None)
+                return [operation.call(*args, **kwargs)]
             flat: Sequence[Any] = self.live.tree.flatten(operation(*args, **kwargs))
             return flat
 
@@ -251,6 +268,26 @@ def _graph_of(live: LiveModel, layer: Any) -> Any:
         if isinstance(layer, keras.Sequential) and call is keras.Sequential.call:
             return layer if layer._graph_initialized else None
     return layer if isinstance(layer, functional) and call is functional.call else None
+
+
+def _is_plain(live: LiveModel, layer: Any) -> bool:
+    """Whether a Keras 3 layer is one of PLAIN itself, of one dtype, and set up so that nothing else hangs on its calls."""
+    keras, name = live.keras, type(layer).__name__
+    if name not in PLAIN.split() or type(layer) is not getattr(keras.layers, name, None) or "call" in vars(layer):
+        return False
+    try:
+        policy = layer.dtype_policy
+        return bool(
+            layer.built
+            and type(policy) is keras.dtype_policies.DTypePolicy
+            and policy.compute_dtype == policy.variable_dtype
+            and layer.activity_regularizer is None
+            and getattr(layer, "quantization_mode", None) is None
+            and not layer._remat_mode
+            and keras.distribution.distribution() is None
+        )
+    except AttributeError:  # another version: then by __call__, as any layer
+        return False
 
 
 def _functional_2(keras: Any) -> Any:

@@ -67,7 +67,7 @@ class Looking:
     def measure(self, inputs: list[Any], targets: Sequence[int]) -> None:
         """Run the step on one batch as far as the last of the `targets`, adding the moments of their inputs."""
         assert self.uses is not None  # for the type checker: trace came first
-        if self.step.whole and len(inputs) == 1 and self.live.as_it_is(self.norms[0], inputs[0]):
+        if self.step.whole and len(inputs) == 1 and self.live.as_it_is(self.norms[0].layer, inputs[0]):
             self._measure_directly(inputs[0])  # most layers: nothing happens to the input before their call sees it
             return
         uses, wanted, last, calls = self.uses, set(targets), max(targets), -1

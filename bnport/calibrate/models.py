@@ -234,11 +234,11 @@ class LiveModel:
             put(tensor, mask)
         return tensor
 
-    def as_it_is(self, norm: Norm, x: Any) -> bool:
-        """Whether a layer called on `x` alone gets just that: no mask, and no cast to its compute dtype."""
+    def as_it_is(self, layer: Any, x: Any) -> bool:
+        """Whether a layer called on the tensor `x` gets just that: no mask, and no cast to its compute dtype."""
         dtype = getattr(x, "dtype", None)
         name = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
-        return bool(name == norm.layer.compute_dtype and self.mask_of(x) is None)
+        return bool(name == layer.compute_dtype and self.mask_of(x) is None)
 
     def values(self, norm: Norm, x: Any) -> Array:
         """A layer's input as an array, channels on `norm.axis`.
