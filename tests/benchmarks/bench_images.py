@@ -14,8 +14,7 @@ import statistics
 import tempfile
 import time
 
-import numpy as np
-
+from bnport._lazy import np  # as `bnport stats` has it: a worker imports its script anew, and starts without numpy
 from bnport.calibrate.executors import cores, map_blocks
 from bnport.calibrate.images import image_statistics
 
