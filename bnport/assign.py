@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bnport._lazy import np
 from bnport.errors import InvalidValue, NotFound, Question, listed, printable
 from bnport.layer import Change
-from bnport.record import BatchNorm
+from bnport.record import BatchNorm, refuse_masked
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -43,9 +43,9 @@ def set_weights(
     All four are not needed: gamma and beta alone change the scale and shift of the normalised input. But mean and
     variance belong together and to the data that the layer sees; setting one of them alone changes the function.
 
-    Raises InvalidValue for wrong shapes, NaN or infinity, variance + epsilon <= 0, a layer that is not built yet or does
-    not have what is to be set; Question for mean and variance that look swapped and a std that looks like a variance
-    (or the reverse), and if the model has several layers and none is named; NotFound for an unknown name. On any error
+    Raises InvalidValue for wrong shapes, NaN or infinity, masked values, variance + epsilon <= 0, a layer that is not built
+    yet or does not have what is to be set; Question for mean and variance that look swapped and a std that looks like a
+    variance (or the reverse), and if the model has several layers and none is named; NotFound for an unknown name. On any error
     nothing is changed.
     """
     from bnport import adapters
@@ -103,6 +103,9 @@ def _vector(layer: Layer, name: str, value: Any) -> Array:
         value = value.detach().cpu()
     try:
         array: Array = np.asarray(value)
+        refuse_masked(name, value)
+    except InvalidValue as error:
+        raise InvalidValue(f"{_named(layer)}: {error}") from None
     except (TypeError, ValueError) as error:
         raise InvalidValue(f"{_named(layer)}: {name} is no array of numbers ({printable(error, 80)})") from None
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":

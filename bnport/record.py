@@ -11,6 +11,7 @@ float64 and rounded once, when a record is fitted to the layer that will hold it
 from __future__ import annotations
 
 import math
+import sys
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.errors import InvalidValue, Unrepresentable
@@ -44,6 +45,8 @@ def checked_epsilon(epsilon: object) -> float:
 def _numbers(name: str, value: ArrayLike) -> Array:
     """A float32 or float64 array of shape (C,), not copied; 16-bit floats widen exactly, integers become float64."""
     array = np.asarray(value)
+    if array is not value:
+        refuse_masked(name, value)
     if array.dtype.char not in "fd":
         if array.dtype.kind in "iu":
             array = array.astype(np.float64)
@@ -54,6 +57,15 @@ def _numbers(name: str, value: ArrayLike) -> Array:
     if array.ndim != 1 or array.size == 0:
         raise InvalidValue(f"{name}: expected shape (channels,) with at least one channel, got {array.shape}")
     return array
+
+
+def refuse_masked(name: str, value: object) -> None:
+    """Refuse a masked array with masked values: numpy would take the numbers that lie under the mask."""
+    module = sys.modules.get("numpy.ma")  # without it there are none
+    if module is not None and isinstance(value, module.MaskedArray):
+        masked = module.getmaskarray(value)
+        if masked.any():
+            raise InvalidValue(f"{name}: {first_channels(masked.ravel())} masked; every value must be given")
 
 
 def _refuse_not_finite(**arrays: Array) -> None:

@@ -101,6 +101,8 @@ def test_a_layer_of_a_model_is_named_and_an_unnamed_one_is_asked_for():
         ({"epsilon": -1}, "epsilon"),
         ({"gamma": ["a"] * C}, "expected numbers"),
         ({"gamma": np.ones(C, complex)}, "expected numbers"),
+        ({"gamma": np.ma.masked_array(np.ones(C), [0, 1, 0, 0, 1])}, "layer '.*': gamma: channels 1, 4 masked"),
+        ({"std": np.ma.masked_less(np.arange(C) + 1.0, 2)}, "std: channel 0 masked"),
         ({}, "nothing to set"),
     ],
 )
@@ -111,6 +113,13 @@ def test_what_cannot_be_is_refused_and_nothing_changes(arguments, message):
         bnport.set_weights(layer, **arguments)
     assert [w.tobytes() for w in layer.get_weights()] == before
     assert layer.epsilon == 1e-3
+
+
+def test_a_masked_array_without_a_masked_value_is_an_array():
+    layer = keras_layer()
+    bnport.set_weights(layer, gamma=np.ma.masked_array(GAMMA, mask=False), beta=np.ma.masked_array(BETA))
+    assert layer.get_weights()[0].tolist() == np.float32(GAMMA).tolist()
+    assert layer.get_weights()[1].tolist() == np.float32(BETA).tolist()
 
 
 def test_an_unbuilt_layer_is_refused_with_what_to_do():

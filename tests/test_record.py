@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bnport.errors import InvalidValue, Unrepresentable
-from bnport.record import BatchNorm
+from bnport.record import FIELDS, BatchNorm
 from bnport.rounding import meant_epsilon, round_to
 
 getcontext().prec = 60
@@ -108,6 +108,19 @@ def test_absent_gamma_and_beta_are_ones_and_zeros():
     bn = BatchNorm(mean=[3.0, 4.0], variance=[1.0, 2.0], epsilon=0)
     assert bn.gamma.tolist() == [1, 1]
     assert bn.beta.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_masked_values_are_refused_and_an_empty_mask_is_none(field):
+    arrays = {name: np.arange(3.0) + 1 for name in FIELDS}
+    bad = np.ma.masked_array(arrays[field], [0, 0, 1])
+    with pytest.raises(InvalidValue, match=f"{field}: channel 2 masked"):
+        BatchNorm(**{**arrays, field: bad}, epsilon=0.1)
+    with pytest.raises(InvalidValue, match="masked"):
+        BatchNorm(**arrays, epsilon=0.1).replace(**{field: bad})
+    assert BatchNorm(**{**arrays, field: np.ma.masked_array(arrays[field])}, epsilon=0.1) == BatchNorm(
+        **arrays, epsilon=0.1
+    )
 
 
 def test_arrays_are_copied_and_read_only():
