@@ -45,8 +45,8 @@ def set_weights(
 
     Raises InvalidValue for wrong shapes, NaN or infinity, masked values, variance + epsilon <= 0, a layer that is not built
     yet or does not have what is to be set; Question for mean and variance that look swapped and a std that looks like a
-    variance (or the reverse), and if the model has several layers and none is named; NotFound for an unknown name. On any error
-    nothing is changed.
+    variance (or the reverse), and if the model has several layers and none is named; NotFound for an unknown name. On any
+    error nothing is changed.
     """
     from bnport import adapters
 

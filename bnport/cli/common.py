@@ -19,7 +19,7 @@ ADAPTER_OPTIONS = {
     "key": "the entry of a nested checkpoint that holds the weights (state_dict, model_ema, ...)",
     "stat": "what an ambiguous statistic holds: variance, std or inverse-std",
     "blob_order": "order of a one-channel Caffe layer with five blobs: mean-first or scale-first",
-    "absent": "which of gamma and beta a three-array .weights.h5 layer lacks",
+    "absent": "which of gamma and beta the three-array .weights.h5 layers lack: gamma, beta, or bn1=gamma,bn2=beta,...",
     "prototxt": "the .prototxt of a .caffemodel; its epsilon and use_global_stats win",
 }
 ADAPTER_FLAGS = {

@@ -246,6 +246,96 @@ def test_mixed_precision_keeps_float32(tmp_path):
     assert bnport.read(model)["bn"].dtype == "float32"
 
 
+# ---- three arrays
+
+
+def three(folder):
+    """A model whose layers lack different things, its weights file, and the arrays of each by their Keras names."""
+    L = keras.layers
+    flags = {"plain": {}, "one": {"scale": False}, "two": {"center": False}, "norm3": {"scale": False, "renorm": True}}
+    model = keras.Sequential([keras.Input((4,)), *(L.BatchNormalization(name=n, **f) for n, f in flags.items())])
+    random_ = np.random.default_rng(3)
+    for layer in model.layers:
+        layer.set_weights([random_.uniform(0.5, 2, w.shape) for w in layer.get_weights()])
+    path = str(folder / "three.weights.h5")
+    model.save_weights(path)
+    return model, path
+
+
+ANSWERS = [
+    "one=gamma,two=beta,norm3=gamma",
+    "two=beta, *=gamma",
+    {"one": "gamma", "two": "beta", "n*": "gamma"},
+]
+
+
+@pytest.mark.parametrize("answers", ANSWERS, ids=str)
+def test_each_layer_with_three_arrays_may_lack_something_else(tmp_path, answers):
+    model, path = three(tmp_path)
+    layers = bnport.read(path, absent=answers)
+    live = bnport.read(model)
+    assert set(layers) == set(live)
+    for name, layer in layers.items():
+        assert_same_bits(layer.record, live[name].record)
+        assert layer.stores & set(FIELDS) == live[name].stores & set(FIELDS)
+    notes = " ".join(layers.notes)
+    assert "gamma taken as absent (scale=False), as --absent says, in one, norm3" in notes
+    assert "beta taken as absent (center=False), as --absent says, in two" in notes
+
+    out, source = str(tmp_path / "out.weights.h5"), str(tmp_path / "source.keras")
+    twin = keras.models.clone_model(model)
+    random_ = np.random.default_rng(4)
+    for layer in twin.layers:
+        layer.set_weights([random_.uniform(0.5, 2, w.shape) for w in layer.get_weights()])
+    twin.save(source)
+    report = bnport.convert(source, path, out, target_options={"absent": answers})
+    assert report.ok
+    assert "gamma taken as absent" in " ".join(report.notes)
+    model.load_weights(out)
+    x = random_.normal(size=(5, 4)).astype(np.float32)
+    assert model.predict(x, verbose=0).tobytes() == twin.predict(x, verbose=0).tobytes()
+
+
+def test_one_answer_for_all_says_which_layers_it_was_taken_for(tmp_path):
+    _, path = three(tmp_path)
+    layers = bnport.read(path, absent="gamma")
+    assert "in one, norm3, two" in layers.notes[0].replace("two, norm3", "norm3, two")
+    assert "--absent NAME=gamma,NAME=beta" in layers.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "words"),
+    [
+        (None, Question, "3 layers hold three arrays"),
+        ("one=gamma", Question, r"2 layers hold three arrays \((norm3, two|two, norm3)\).*--absent (two|norm3)=gamma"),
+        ("one=gamma,plain=gamma,*=beta", InvalidValue, "plain is no layer of .* with three arrays; there are .*two"),
+        ("one=gamma,tvo=beta", InvalidValue, "tvo is no layer"),
+        ("one=gamma,x*=beta,*=beta", InvalidValue, r"x\* is no layer"),
+        ("o*=gamma,*=beta", InvalidValue, r"one is said to lack both \(o\*=gamma, \*=beta\)"),
+        ("one=gamma,one=beta", InvalidValue, "expected gamma, beta, or layers"),
+        ("one=mean,*=beta", InvalidValue, "got 'mean' for 'one'"),
+        ("one", InvalidValue, "expected gamma, beta, or layers"),
+        ("one=gamma,beta", InvalidValue, "expected gamma, beta, or layers"),
+        ("", InvalidValue, "expected gamma"),
+        ({}, InvalidValue, "expected gamma"),
+        ({"one": None}, InvalidValue, "got None for 'one'"),
+        (["gamma"], InvalidValue, "expected gamma"),
+    ],
+)
+def test_an_answer_that_does_not_fit_the_file_is_refused(tmp_path, answers, error, words):
+    _, path = three(tmp_path)
+    with pytest.raises(error, match=words):
+        bnport.read(path, absent=answers)
+
+
+def test_names_for_a_file_that_says_itself_what_is_absent_are_refused(tmp_path):
+    model, _ = three(tmp_path)
+    for name in ("a.keras", "a.h5"):
+        model.save(tmp_path / name)
+        with pytest.raises(InvalidValue, match=r"one is no layer of .*; it has none"):
+            bnport.read(str(tmp_path / name), absent="one=gamma")
+
+
 # ---- custom classes
 
 

@@ -16,9 +16,10 @@ A layer is called what a user of Keras calls it: its name, or outer/inner for on
 
 The numbers lie in HDF5 as `<path>/vars/0..3` (gamma, beta, mean, variance, less those that are absent), in legacy files
 as `<layer>/<weight name>`, there matched by name: the order changes when a layer is frozen. Three arrays in a
-`.weights.h5` do not say whether gamma or beta is missing: --absent gamma or --absent beta does. `running_std` in a file
-without keras_version does not say whether it is a variance (Keras >= 1.0.6, TensorFlow) or a std: --stat variance or
---stat std does; --stat root is for 1.0.7 on Theano, which divided by sqrt(variance) + epsilon.
+`.weights.h5` do not say whether gamma or beta is missing: --absent gamma or --absent beta does for all such layers,
+--absent bn1=gamma,block*=beta layer by layer (patterns as for --skip). `running_std` in a file without keras_version
+does not say whether it is a variance (Keras >= 1.0.6, TensorFlow) or a std: --stat variance or --stat std does;
+--stat root is for 1.0.7 on Theano, which divided by sqrt(variance) + epsilon.
 
 Not read: multi-axis layers, mode 1 and 2 of Keras 1 (no fixed function), npz weights (a pickle).
 """
@@ -71,12 +72,13 @@ def _first_member(head: bytes) -> bytes:
     return head[30 : 30 + int.from_bytes(head[26:28], "little")]
 
 
-def read(source: Any, *, absent: str | None = None, stat: str | None = None) -> Layers:
+def read(source: Any, *, absent: str | Mapping[str, str] | None = None, stat: str | None = None) -> Layers:
     """The BatchNormalization layers of a file, a live model or a single live layer.
 
-    `absent`: "gamma" or "beta", for layers of a `.weights.h5` with three arrays. `stat`: "variance", "std" or "root",
-    what `running_std` holds in a Keras 1 file that does not say. Raises FormatError for what is not understood,
-    Question where one of the options is needed.
+    `absent`: "gamma" or "beta", for layers of a `.weights.h5` with three arrays; or layer -> one of them, as a mapping or
+    as "bn1=gamma,bn2=beta", patterns allowed; which layers were taken how is in the notes. `stat`: "variance", "std" or
+    "root", what `running_std` holds in a Keras 1 file that does not say. Raises FormatError for what is not understood,
+    Question where one of the options is needed, InvalidValue for an option that does not fit.
     """
     if isinstance(source, str):
         return contents(source, absent=absent, stat=stat, evidence=True).layers()
@@ -85,18 +87,28 @@ def read(source: Any, *, absent: str | None = None, stat: str | None = None) -> 
     return read_live(source)
 
 
-def contents(path: str, *, absent: str | None = None, stat: str | None = None, evidence: bool = False) -> Contents:
+def contents(
+    path: str, *, absent: str | Mapping[str, str] | None = None, stat: str | None = None, evidence: bool = False
+) -> Contents:
     """What a file holds, for reading and for writing. `evidence`: with kernels and graph, which pairing wants."""
     from bnport.containers.files import ReadFile
 
-    file = ReadFile(path)
+    file, answers = ReadFile(path), None
+    if absent is not None:
+        from bnport.adapters.keras.absent import Absent
+
+        answers = Absent(absent)
     if file.size >= 4 and file.pread(0, 4) == b"PK\x03\x04":
         from bnport.adapters.keras.archive import read as read_archive
 
-        return read_archive(file, absent, evidence=evidence)
-    from bnport.adapters.keras.files import read as read_file
+        found = read_archive(file, answers, evidence=evidence)
+    else:
+        from bnport.adapters.keras.files import read as read_file
 
-    return read_file(file, absent, stat, evidence=evidence)
+        found = read_file(file, answers, stat, evidence=evidence)
+    if answers is not None:
+        answers.check_names(path)
+    return found
 
 
 def write(
@@ -104,7 +116,7 @@ def write(
     changes: Mapping[str, Change],
     out: str,
     *,
-    absent: str | None = None,
+    absent: str | Mapping[str, str] | None = None,
     stat: str | None = None,
     opened: Contents | None = None,
 ) -> None:
@@ -122,7 +134,7 @@ def patches(
     target: str,
     changes: Mapping[str, Change],
     *,
-    absent: str | None = None,
+    absent: str | Mapping[str, str] | None = None,
     stat: str | None = None,
     opened: Contents | None = None,
 ) -> list[Patch]:
@@ -159,7 +171,7 @@ def run(
     x: Any,
     *,
     epsilon: float | None = None,
-    absent: str | None = None,
+    absent: str | Mapping[str, str] | None = None,
     stat: str | None = None,
 ) -> dict[str, Any]:
     """x of shape (N, C) through one real Keras layer at inference: {"model(x)": y, "predict": y}.
@@ -176,7 +188,7 @@ def run_all(
     inputs: Mapping[str, Any],
     *,
     epsilon: float | None = None,
-    absent: str | None = None,
+    absent: str | Mapping[str, str] | None = None,
     stat: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`run` for many layers (name -> x) with one model that is traced once."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from bnport.adapters.keras.absent import Absent
     from bnport.adapters.keras.weights import Found, Store
     from bnport.containers.files import ReadFile
     from bnport.containers.hdf5 import H5, H5Tensor
@@ -22,7 +23,7 @@ WEIGHTS_LIMIT = 256 << 20  # of a compressed weights member, which has to be unp
 CRC_LIMIT = 16 << 20  # weights up to this size have their CRC checked: it takes less time than opening them
 
 
-def read(file: ReadFile, absent: str | None, *, evidence: bool) -> Contents:
+def read(file: ReadFile, absent: Absent | None, *, evidence: bool) -> Contents:
     """The contents of a `.keras` file."""
     shown = printable(file.path)
     archive = Archive(file)
@@ -37,7 +38,8 @@ def read(file: ReadFile, absent: str | None, *, evidence: bool) -> Contents:
         entries += _hidden(entries, weights.store, shown, absent)
     if evidence:
         _add_evidence(root, entries, weights, hidden=len(entries) > len(nodes))
-    contents = Contents(file.path, "keras", entries, holds_epsilon=True)
+    notes = absent.notes() if absent is not None else ()
+    contents = Contents(file.path, "keras", entries, holds_epsilon=True, notes=tuple(notes))
     contents.extra = {"archive": archive, "text": text, "root": root}
     return contents
 
@@ -153,7 +155,7 @@ def _fetcher(
     return fetch
 
 
-def _hidden(known: list[Entry], store: Store, shown: str, absent: str | None) -> list[Entry]:
+def _hidden(known: list[Entry], store: Store, shown: str, absent: Absent | None) -> list[Entry]:
     """The layers inside custom layers and models, whose configs need not mention them: found by their arrays."""
     from bnport.adapters.keras.weights import scan
 

@@ -15,11 +15,12 @@ from bnport.errors import FormatError, printable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from bnport.adapters.keras.absent import Absent
     from bnport.adapters.keras.weights import Found
     from bnport.containers.hdf5 import Group, H5Tensor
 
 
-def read(file: ReadFile, absent: str | None, stat: str | None, *, evidence: bool) -> Contents:
+def read(file: ReadFile, absent: Absent | None, stat: str | None, *, evidence: bool) -> Contents:
     """The contents of an HDF5 file or a list of shards."""
     shown = printable(file.path)
     if file.path.lower().endswith(".json"):
@@ -41,7 +42,7 @@ def _entry(found: Found, shown: str) -> Entry:
     return Entry(found.name, f"{shown}: {printable(found.name)}", lambda: tensors, epsilon=None, notes=found.notes)
 
 
-def _sharded(file: ReadFile, absent: str | None) -> Contents:
+def _sharded(file: ReadFile, absent: Absent | None) -> Contents:
     shown = printable(file.path)
     if file.size > config.CONFIG_LIMIT:
         raise FormatError(f"{shown}: {file.size} bytes are too many for a list of shards")

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def run_all(
-    source: Any, inputs: Mapping[str, Any], *, epsilon: float | None, absent: str | None, stat: str | None
+    source: Any,
+    inputs: Mapping[str, Any],
+    *,
+    epsilon: float | None,
+    absent: str | Mapping[str, str] | None,
+    stat: str | None,
 ) -> dict[str, dict[str, Array]]:
     """name -> {"model(x)": y, "predict": y} for x of shape (N, C) of each named layer; all N must be equal."""
     if isinstance(source, str | os.PathLike):
@@ -120,7 +125,7 @@ def _predicted(package: Any, layers: list[Any], inputs: list[Array]) -> list[Arr
 
 
 def _from_file(
-    path: str, names: list[str], epsilon: float | None, absent: str | None, stat: str | None
+    path: str, names: list[str], epsilon: float | None, absent: str | Mapping[str, str] | None, stat: str | None
 ) -> dict[str, Any]:
     """Layers that Keras builds from their config in the file, filled by their own load_own_variables."""
     from bnport.adapters import keras as adapter

@@ -10,11 +10,12 @@ import re
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.containers.hdf5 import natural
-from bnport.errors import FormatError, InvalidValue, Question, listed, printable
+from bnport.errors import FormatError, Question, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from bnport.adapters.keras.absent import Absent
     from bnport.containers.hdf5 import H5, Group, H5Tensor
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
@@ -134,17 +135,16 @@ class Found:
         self.path, self.name, self.own_name, self.tensors, self.notes = path, name, own_name, tensors, notes
 
 
-def scan(store: Store, where: str, absent: str | None, skip: Iterable[str] = ()) -> tuple[list[Found], list[str]]:
+def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = ()) -> tuple[list[Found], list[str]]:
     """The BatchNormalization layers of a weights file without a config, and what to say about the rest.
 
     Four vectors of one length are one, seven one with renorm. Three may lack gamma or beta, which the file does not
-    say: Question, unless `absent` does. Two are one only where the path says so: LayerNormalization has two as well.
-    `skip`: paths that are known to be something else.
+    say: Question, unless `absent` does for that layer. Two are one only where the path says so:
+    LayerNormalization has two as well. `skip`: paths that are known to be something else.
     """
-    if absent not in (None, "gamma", "beta"):
-        raise InvalidValue(f"absent: expected 'gamma' or 'beta', got {absent!r:.40}")
     names: dict[str, str | None] = {}
-    found, unclear, two = [], [], []
+    candidates: list[tuple[Found, list[H5Tensor]]] = []
+    two: list[str] = []
     skipped = set(skip)
     for path, group in store.walk():
         if path != "vars" and not path.endswith("/vars"):
@@ -160,42 +160,41 @@ def scan(store: Store, where: str, absent: str | None, skip: Iterable[str] = ())
             continue
         if any(t.dtype not in ("float64", "float32", "float16", "bfloat16") for t in tensors):
             continue
-        last = layer.rsplit("/", 1)[-1]
-        words = f"{last} {names[layer] or ''}"
+        words = f"{layer.rsplit('/', 1)[-1]} {names[layer] or ''}"
         if count == 2 and "batch_normalization" not in words:
             two.append(layer)
-            continue
-        if count in (3, 6) or count == 5:
-            if not _NORM.search(words):
-                continue
-            if absent is None and count != 5:
-                unclear.append(layer)
-                continue
-        has = {"scale": True, "center": True, "renorm": count > 4}
-        if count in (3, 6):
-            has["scale" if absent == "gamma" else "center"] = False
-        elif count in (2, 5):
-            has["scale"] = has["center"] = False
-        sure = _NORM.search(layer + words)
-        note = (
-            () if sure else (f"taken for BatchNormalization by its {count} arrays; nothing else in the file says so",)
-        )
-        found.append(
-            Found(path, layer, names[layer], named(tensors, order(**has), f"{where}: {printable(layer)}"), note)
-        )
-    if unclear:
-        raise Question(
-            f"{where}: {len(unclear)} layers hold three arrays ({listed(unclear, 4)}) and the file does not say which is"
-            " missing, gamma (scale=False) or beta (center=False): say --absent gamma or --absent beta, or use the"
-            " .keras file"
-        )
+        elif count in (2, 4, 7) or _NORM.search(words):
+            candidates.append((Found(path, layer, names[layer], {}, ()), tensors))
+    found = [each for each, _ in candidates]
     for each in found:
         each.name = _name(each.name, names)
     _unique_names(found)
+    unclear = []
+    for each, tensors in candidates:
+        count = len(tensors)
+        lacks: str | None = None
+        if count in (3, 6):
+            lacks = absent.of(each.name) if absent is not None else None
+            if lacks is None:
+                unclear.append(each.name)
+                continue
+        bare = count in (2, 5)
+        fields = order(scale=not bare and lacks != "gamma", center=not bare and lacks != "beta", renorm=count > 4)
+        each.tensors = named(tensors, fields, f"{where}: {printable(each.name)}")
+        if not _NORM.search(f"{each.path} {each.own_name or ''}"):
+            each.notes = (f"taken for BatchNormalization by its {count} arrays; nothing else in the file says so",)
+    if unclear:
+        if absent is not None:
+            absent.check_names(where)
+        raise Question(
+            f"{where}: {len(unclear)} layers hold three arrays ({listed(unclear, 4)}) and the file does not say which is"
+            " missing, gamma (scale=False) or beta (center=False): say --absent gamma or --absent beta, or for each layer"
+            f" --absent {printable(unclear[0])}=gamma,..., or use the .keras file"
+        )
     # Keras writes the layers in the model's order, HDF5 lists them by name: where the arrays lie tells the order
     if store.ordered and all(each.tensors["mean"].offset is not None for each in found):
         found.sort(key=lambda each: each.tensors["mean"].offset or 0)
-    notes = []
+    notes = absent.notes() if absent is not None else []
     if two and not found:
         notes.append(
             f"{listed(two, 3)}: two arrays only, not taken for BatchNormalization (LayerNormalization has two)"
