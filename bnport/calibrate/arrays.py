@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from bnport._lazy import np
@@ -17,7 +18,7 @@ from bnport.containers.zip import DEFLATED, STORED, Archive
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from bnport.record import Array
@@ -177,24 +178,41 @@ def npy(path: str) -> Rows:
     return _opened(file.pread, file.size, printable(path), (path, 0))
 
 
-def npz(path: str) -> dict[str, Rows]:
-    """The arrays of an `.npz` file by name, none of them read yet."""
+def npz(path: str) -> Mapping[str, Rows]:
+    """The arrays of an `.npz` file by name; one is opened when it is asked for, none is read yet."""
     archive = Archive(ReadFile(path))
-    found: dict[str, Rows] = {}
-    for name, member in archive.members.items():
+    for name in archive.members:
         if not name.endswith(".npy"):
             raise FormatError(f"{printable(path)}: member {printable(name)!r} is not an .npy array")
-        shown = f"{printable(path)}: {printable(name.removesuffix('.npy'))!r}"
-        if member.method == STORED:
-            stored = _opened(_Window(archive, name), member.size, shown, (path, member.data_offset))
-            found[name.removesuffix(".npy")] = stored
-        elif member.method == DEFLATED:
-            found[name.removesuffix(".npy")] = _opened(_Stream(archive, name), member.size, shown, None)
-        else:
-            raise FormatError(f"{shown}: compression method {member.method} is not understood")
-    if not found:
+    if not archive.members:
         raise FormatError(f"{printable(path)}: an .npz without arrays")
-    return found
+    return _Members(archive, path)
+
+
+class _Members(Mapping[str, Rows]):
+    """name -> Rows; FormatError, at the look-up, for a member that is not rows of plain numbers."""
+
+    def __init__(self, archive: Archive, path: str) -> None:
+        self.archive, self.path = archive, path
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removesuffix(".npy") for name in self.archive.members)
+
+    def __len__(self) -> int:
+        return len(self.archive.members)
+
+    def __contains__(self, name: object) -> bool:
+        return f"{name}.npy" in self.archive.members
+
+    def __getitem__(self, name: str) -> Rows:
+        member = self.archive.members[f"{name}.npy"]
+        shown = f"{printable(self.path)}: {printable(name)!r}"
+        if member.method == STORED:
+            place = (self.path, member.data_offset)
+            return _opened(_Window(self.archive, member.name), member.size, shown, place)
+        if member.method == DEFLATED:
+            return _opened(_Stream(self.archive, member.name), member.size, shown, None)
+        raise FormatError(f"{shown}: compression method {member.method} is not understood")
 
 
 class _Window:

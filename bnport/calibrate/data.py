@@ -17,7 +17,7 @@ N may differ from batch to batch (the last one is usually smaller); weight by it
     tf.data.Dataset            must be batched and end; a tuple is (x, y) or (x, y, weights)
     torch DataLoader           the same, and its lists are tuples (default_collate makes lists)
     keras PyDataset, Sequence  items 0 ... len - 1, in that order
-    generator, any iterable    batches as above; can be read once
+    generator, any iterable    batches as above; can be read once. Each is copied: it may come in one buffer every time
     a function                 called for a new iterable each time: a generator that can be read again
 
 Within a batch a tuple is (x, y[, weights]) and only x is kept, as in keras.Model.fit; a list is several inputs.
@@ -32,8 +32,9 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from bnport._lazy import np
+from bnport.calibrate.folder import ImageFolder, first_image
 from bnport.calibrate.sources import mapped, of_arrays, of_batches, of_path, to_numpy
-from bnport.errors import InvalidValue, NotFound, listed, printable
+from bnport.errors import InvalidValue, NotFound, Question, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,7 +53,9 @@ class Batches:
     samples:     how many there are, or None if only reading tells.
     length:      number of batches, or None.
     repeatable:  whether it can be iterated over more than once.
-    fingerprint: changes when the data change, where that can be told cheaply (files); else None.
+    by_position: whether batch k is read from files by its number, so that it is the same in every run while they are.
+    fingerprint: of such files: changes when they do (names, sizes, times); else None.
+    limit:       stop after so many samples, or None.
     notes:       what a report should say about them (samples that a loader drops, a random order, keys left out).
     """
 
@@ -61,8 +64,11 @@ class Batches:
         "_settings",
         "_size",
         "_started",
-        "fingerprint",
+        "_stored",
+        "by_position",
+        "kept",
         "length",
+        "limit",
         "name",
         "notes",
         "repeatable",
@@ -71,13 +77,23 @@ class Batches:
 
     def __init__(self, source: Source, settings: _Settings) -> None:
         self._make, self._settings, self._started, self._size = source.make, settings, False, source.batch_size
-        self.name, self.repeatable, self.fingerprint = source.name, source.repeatable, source.fingerprint
+        self.name, self.repeatable, self.kept = source.name, source.repeatable, source.kept
+        self._stored, self.by_position = source.fingerprint, source.fingerprint is not None
         self.samples, self.length, self.notes = source.samples, source.length, list(source.notes)
-        limit = settings.limit
+        self.limit = limit = settings.limit
         if limit is not None and self.samples is not None and limit < self.samples:
             if self.length is not None and source.batch_size:
                 self.length = -(-limit // source.batch_size)
             self.samples = limit
+
+    @property
+    def fingerprint(self) -> str | None:
+        """See the class; the files are looked at now."""
+        return None if self._stored is None else self._stored()
+
+    def about(self) -> tuple[object, ...]:
+        """What a resumed run must find again before it reads anything."""
+        return (self.fingerprint, self.samples, self.length, self._size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate()
@@ -95,7 +111,7 @@ class Batches:
         if limit is not None and skip:  # the limit counts from the first sample, also of those that are passed over
             seen, start = (skip * self._size, skip) if self._size else (0, 0)
         for number, item in enumerate(self._make(start) if limit is None or seen < limit else (), start):
-            batch, count = check(item, number)
+            batch, count = check(item, number, copy=not self.kept)
             if limit is not None and seen + count > limit:
                 count = limit - seen
                 batch = mapped(batch, lambda array: array[:count])  # noqa: B023
@@ -141,18 +157,23 @@ def read(
 
     Raises InvalidValue, NotFound, FormatError for damaged files, Question where an `.npz` or a list can mean two things.
     """
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InvalidValue(f"{name}: expected 1 or more, got {value}")
+    for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("minimum", minimum, 0)):
+        if value is not None and (not isinstance(value, int | np.integer) or value < least):
+            raise InvalidValue(f"{name}: expected a whole number, {least} or more, got {printable(repr(value), 60)}")
     if isinstance(data, Batches):
         return data
     settings = _Settings(inputs, minimum, limit)
-    if isinstance(data, str | os.PathLike):
-        path = os.fspath(data)
-        if os.path.isdir(path) and not any(name.endswith(".npy") for name in os.listdir(path)):
-            if images is None:
-                raise NotFound(f"{printable(path)}: a folder without .npy files, and nothing here opens images")
-            return read(images(path), inputs=inputs, minimum=minimum, limit=limit)
+    path = os.fspath(data) if isinstance(data, str | os.PathLike) else ""
+    if key is not None and not (path.lower().endswith(".npz") and not os.path.isdir(path)):
+        raise InvalidValue(f"key {printable(key)!r}: names an array of an .npz file, which the data are not")
+    if os.path.isdir(path):
+        if not any(name.endswith(".npy") for name in os.listdir(path)):
+            return _of_images(path, images, settings)
+        if (image := first_image(path)) is not None:
+            raise Question(
+                f"{printable(path)}: holds .npy files, and images ({printable(image)}); name a folder that holds one kind"
+            )
+    if path:
         return Batches(of_path(path, inputs, batch_size, key), settings)
     source = of_arrays(data, inputs, batch_size)
     if source is None:
@@ -161,6 +182,19 @@ def read(
                 f"batch_size {batch_size}: the data come in batches already; set their size where they are made"
             )
         source = of_batches(data, endless=limit is not None)
+    return Batches(source, settings)
+
+
+def _of_images(path: str, images: Callable[[str], Any] | None, settings: _Settings) -> Batches:
+    if images is None:
+        raise NotFound(f"{printable(path)}: a folder without .npy files, and nothing here opens images")
+    opened = images(path)
+    source = of_arrays(opened, settings.inputs, None) or of_batches(opened, endless=settings.limit is not None)
+    source = source._replace(name=printable(path))
+    if isinstance(opened, ImageFolder):  # makes a new array each time
+        source = source._replace(
+            samples=len(opened.files), batch_size=opened.batch_size, fingerprint=opened.fingerprint, kept=True
+        )
     return Batches(source, settings)
 
 
@@ -174,7 +208,8 @@ class _Check:
         self.name, self.inputs, self.notes = name, settings.inputs, notes
         self.first: list[tuple[str, int]] | None = None  # (input, rank) of the first batch
 
-    def __call__(self, item: Any, number: int) -> tuple[Any, int]:
+    def __call__(self, item: Any, number: int, copy: bool = False) -> tuple[Any, int]:
+        """(the batch, how many samples); a `copy` stays what it is when its maker fills its buffer anew."""
         where = f"{self.name}, batch {number}"
         if isinstance(item, tuple):
             if not item:
@@ -183,6 +218,8 @@ class _Check:
         if isinstance(item, tuple):
             item = list(item)  # ((a, b), y): several inputs
         batch = self._fitted(mapped(item, to_numpy), where)
+        if copy:
+            batch = mapped(batch, np.array)
         named = self._named(batch)
         for name, array in named.items():
             self._check_array(array, f"{where}{f', input {printable(name)!r}' if name else ''}")

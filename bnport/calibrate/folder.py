@@ -13,14 +13,23 @@ Every image file below the folder, in the order of the paths. How the pixels rea
     preprocessing   instead of scale and offset, the preprocess_input of a keras.applications module: "resnet50"
 
 Without scale or preprocessing the model must begin by rescaling itself (a Rescaling or Normalization layer first).
+
+Refused, with the file's name: what is no regular file, an image of more than images.PIXELS_LIMIT pixels, formats that are
+not the suffixes' own, and grey images of 16 or 32 bits with load_img, which leaves them unscaled or clips them at 255.
+Other modes (palette, alpha, CMYK, 1 bit) become what the loader makes of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import stat
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
+from bnport.calibrate.images import PIXELS_LIMIT
+from bnport.calibrate.images import SUFFIXES as IMAGES
 from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, Question, listed, printable
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
     from bnport.record import Array
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # what image_dataset_from_directory takes
+FORMATS = ("BMP", "GIF", "JPEG", "PNG")  # the decoders for these
 LOADERS = ("load_img", "dataset")
 
 
@@ -57,9 +67,11 @@ class ImageFolder:
             raise InvalidValue(f"loader: expected one of {', '.join(LOADERS)}, got {printable(loader)!r}")
         self.live, self.path, self.batch_size = live, path, batch_size or 32
         self.loader, self.interpolation, self.crop = loader, interpolation, crop
-        self.files = _files(path)
+        self.files, others = _files(path)
         if not self.files:
-            raise NotFound(f"{printable(path)}: no images ({', '.join(SUFFIXES)}) in this folder or below it")
+            raise NotFound(
+                f"{printable(path)}: no images ({', '.join(SUFFIXES)}) in this folder or below it{_left_out(others)}"
+            )
         self.channels_first, (height, width, channels) = _input(live)
         if size is None:
             if height is None or width is None:
@@ -74,7 +86,7 @@ class ImageFolder:
         decoder = "keras.utils.load_img" if loader == "load_img" else "keras.utils.image_dataset_from_directory"
         self.notes = [
             f"{len(self.files)} images decoded by {decoder}, {self.mode}, resized to {self.size[0]} x {self.size[1]}"
-            f" ({interpolation}{', cropped to its shape' if crop else ''}); {said}"
+            f" ({interpolation}{', cropped to its shape' if crop else ''}); {said}{_left_out(others)}"
         ]
         self._dataset: Any = self._open_dataset() if loader == "dataset" else None
         self._next, self._iterator = -1, iter(())
@@ -92,9 +104,24 @@ class ImageFolder:
         finished: Array = np.asarray(self.finish(pixels), np.float32)
         return np.moveaxis(finished, -1, 1) if self.channels_first else finished
 
+    def fingerprint(self) -> str:
+        """sha256 over how images are read and every file's name, size and time of change."""
+        digest = hashlib.sha256(self.notes[0].encode())
+        for file in self.files:
+            status = _regular(file)
+            name = os.path.relpath(file, self.path)
+            digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def _decode(self, file: str) -> Array:
         utils = self.live.keras.utils
         options = {"keep_aspect_ratio": self.crop}
+        mode = _checked_mode(file)
+        if mode in ("I", "F") or mode.startswith("I;16"):
+            raise InvalidValue(
+                f"{printable(file)}: its pixels are of the kind {mode}, which keras.utils.load_img does not bring to"
+                " 0 ... 255; convert the images to 8 bits, or pass the pixels as arrays"
+            )
         try:
             image = utils.load_img(
                 file, color_mode=self.mode, target_size=self.size, interpolation=self.interpolation, **options
@@ -106,6 +133,8 @@ class ImageFolder:
             raise FormatError(f"{printable(file)}: not an image that Keras decodes: {printable(error, 120)}") from None
         except ValueError as error:
             raise InvalidValue(f"{printable(file)}: {printable(error, 300)}") from None
+        except Exception as error:  # on damaged files decoders raise whatever their parsing ran into
+            raise FormatError(f"{printable(file)}: not an image that Keras decodes: {printable(error, 120)}") from None
         return array
 
     def _open_dataset(self) -> Any:
@@ -115,6 +144,8 @@ class ImageFolder:
             raise MissingDependency(
                 "loader 'dataset' needs TensorFlow: pip install 'bnport[tensorflow]', or use load_img"
             ) from None
+        for file in self.files:  # now: the dataset opens them on threads of its own
+            _regular(file)
         return self.live.keras.utils.image_dataset_from_directory(
             self.path, labels=None, color_mode=self.mode, batch_size=self.batch_size, image_size=self.size,
             shuffle=False, interpolation=self.interpolation, crop_to_aspect_ratio=self.crop, verbose=False,
@@ -137,12 +168,64 @@ class ImageFolder:
             ) from None
 
 
-def _files(path: str) -> list[str]:
-    found = []
+def _files(path: str) -> tuple[list[str], dict[str, int]]:
+    """The images in a folder, in the order of their paths; suffix -> how many other files there are."""
+    found, others = [], dict[str, int]()
     for folder, subfolders, names in os.walk(path):
         subfolders.sort()
-        found += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
-    return found
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES):
+                found.append(os.path.join(folder, name))
+            else:
+                suffix = os.path.splitext(name)[1].lower()
+                others[suffix] = others.get(suffix, 0) + 1
+    return found, others
+
+
+def _left_out(others: dict[str, int]) -> str:
+    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(others.items())]
+    return f"; other files left out: {listed(counts)}" if counts else ""
+
+
+def first_image(path: str) -> str | None:
+    """An image in a folder or below it, also of a kind that is not read here; None if there is none."""
+    for folder, _, names in os.walk(path):
+        for name in sorted(names):
+            if name.lower().endswith((*SUFFIXES, *IMAGES)):
+                return os.path.join(folder, name)
+    return None
+
+
+def _regular(file: str) -> os.stat_result:
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise NotFound(f"{printable(file)}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{printable(file)}: not a regular file")
+    return status
+
+
+def _checked_mode(file: str) -> str:
+    """Pillow's name for an image's kind of pixels, from its header alone."""
+    _regular(file)
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingDependency("decoding images needs Pillow: pip install pillow") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own about size; PIXELS_LIMIT decides
+            with Image.open(file, formats=FORMATS) as image:
+                mode, pixels = str(image.mode), image.width * image.height
+    except Image.DecompressionBombError:
+        mode, pixels = "", PIXELS_LIMIT + 1
+    except Exception as error:  # on damaged files decoders raise whatever their parsing ran into
+        why = f"no {', '.join(FORMATS)} file" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise FormatError(f"{printable(file)}: not an image that Keras decodes: {printable(why, 120)}") from None
+    if pixels > PIXELS_LIMIT:
+        raise FormatError(f"{printable(file)}: images of more than {PIXELS_LIMIT} pixels are not decoded")
+    return mode
 
 
 def _input(live: LiveModel) -> tuple[bool, tuple[int | None, int | None, int | None]]:

@@ -28,13 +28,21 @@ class Source(NamedTuple):
     repeatable: bool = True
     samples: int | None = None
     length: int | None = None
-    fingerprint: str | None = None
+    fingerprint: Callable[[], str] | None = None  # of files, whose batch k is the same in every run
     notes: tuple[str, ...] = ()
     batch_size: int | None = None
+    kept: bool = False  # nobody writes into a batch once it was given; a generator may fill one buffer again and again
 
 
 def to_numpy(value: Any) -> Array:
-    """A tensor of any framework as a numpy array; 16-bit floats that numpy does not have widen to float32."""
+    """A tensor of any framework as a numpy array; 16-bit floats that numpy does not have widen to float32.
+
+    Raises InvalidValue for a masked array: numpy would hand out what the mask hides.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise InvalidValue(
+            "a masked array as data: what its mask hides would be counted; pass x.filled(value), or the rows that count"
+        )
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         value = value.detach().cpu()
         if "bfloat16" in str(value.dtype):
@@ -54,7 +62,13 @@ def mapped(batch: Any, function: Callable[[Any], Any]) -> Any:
 # Arrays and files of arrays.
 
 
-def _rows_source(arrays: Any, name: str, batch_size: int | None, fingerprint: str | None = None) -> Source:
+def _rows_source(
+    arrays: Any,
+    name: str,
+    batch_size: int | None,
+    fingerprint: Callable[[], str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Source:
     """Rows of one array-like, or of a list or dict of them."""
     flat = list(arrays.values()) if isinstance(arrays, dict) else arrays if isinstance(arrays, list) else [arrays]
     for array in flat:
@@ -69,7 +83,7 @@ def _rows_source(arrays: Any, name: str, batch_size: int | None, fingerprint: st
         for start in range(skip * size, samples, size):
             yield mapped(arrays, lambda array: array[start : start + size])  # noqa: B023
 
-    return Source(name, make, True, samples, -(-samples // size), fingerprint, (), size)
+    return Source(name, make, True, samples, -(-samples // size), fingerprint, notes, size, True)
 
 
 def of_path(path: str, inputs: Inputs | None, batch_size: int | None, key: str | None) -> Source:
@@ -81,12 +95,20 @@ def of_path(path: str, inputs: Inputs | None, batch_size: int | None, key: str |
         names = sorted(name for name in os.listdir(path) if name.endswith(".npy"))
         files = [os.path.join(path, name) for name in names]
         whole = _Concatenated([arrays.npy(file) for file in files], shown)
-        return _rows_source(whole, shown, batch_size, " ".join(map(arrays.fingerprint, files)))
-    return _rows_source(rows_of_file(path, key, inputs), shown, batch_size, arrays.fingerprint(path))
+        others = len(os.listdir(path)) - len(names)
+        notes = (
+            (f"{len(names)} .npy files in {shown}, one after the other; {others} others left out",) if others else ()
+        )
+        return _rows_source(whole, shown, batch_size, lambda: " ".join(map(arrays.fingerprint, files)), notes)
+    rows = rows_of_file(path, key, inputs)
+    return _rows_source(rows, shown, batch_size, lambda: f"{arrays.fingerprint(path)} {key}")
 
 
 def rows_of_file(path: str, key: str | None = None, inputs: Inputs | None = None) -> Any:
-    """The rows of an .npy file; of an .npz its one array, `key`, or a dict of those that are named like `inputs`."""
+    """The rows of an .npy file; of an .npz its one array, `key`, or a dict of those that are named like `inputs`.
+
+    Only what is returned is opened: labels as text, or single numbers, beside it are no obstacle.
+    """
     from bnport.calibrate import arrays
 
     shown = printable(path)
@@ -105,7 +127,7 @@ def rows_of_file(path: str, key: str | None = None, inputs: Inputs | None = None
             raise NotFound(f"{shown}: holds no array {printable(key)!r}; it holds {listed(found)}")
         return found[key]
     if len(found) == 1:
-        return next(iter(found.values()))
+        return found[next(iter(found))]
     if inputs and set(inputs) <= set(found):
         return {name: found[name] for name in inputs}
     raise Question(f"{shown}: holds {len(found)} arrays ({listed(found)}); name the input data with --key")

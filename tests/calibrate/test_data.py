@@ -239,9 +239,9 @@ def test_what_can_mean_two_things_is_asked(tmp_path):
         read([X, X], inputs=INPUTS)
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"limit": 0}])
-def test_settings_below_one_are_refused(settings):
-    with pytest.raises(InvalidValue, match="1 or more"):
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"limit": 0}, {"limit": "10"}, {"limit": 1.5}])
+def test_settings_that_are_no_count_are_refused(settings):
+    with pytest.raises(InvalidValue, match="a whole number, 1 or more, got"):
         read(X, **settings)
 
 
@@ -249,6 +249,44 @@ def test_a_batch_size_for_data_in_batches_is_refused():
     with pytest.raises(InvalidValue, match="in batches already"):
         read(iter([X]), batch_size=3)
     assert [len(b) for b in read(X, batch_size=50)] == [50, 20]
+
+
+def test_a_generator_may_fill_one_buffer_again_and_again():
+    def reusing():
+        buffer = np.empty((10, 4, 5, 3), np.float32)
+        for k in range(0, 70, 10):
+            buffer[:] = X[k : k + 10]
+            yield {"image": buffer}
+
+    for data in (reusing(), reusing):
+        assert (np.concatenate(list(read(data, inputs=INPUTS))) == X).all()
+    assert np.shares_memory(next(iter(read(X))), X)  # an array is nobody else's to fill
+
+
+@pytest.mark.parametrize("wrapped", [lambda x: x, lambda x: (x, LABELS), lambda x: {"image": x}, lambda x: iter([x])])
+def test_masked_arrays_are_refused(wrapped):
+    masked = np.ma.masked_greater(X, 2)
+    with pytest.raises(InvalidValue, match="a masked array as data"):
+        list(read(wrapped(masked), inputs=INPUTS))
+
+
+def test_only_the_asked_member_of_an_npz_is_opened(tmp_path):
+    path = str(tmp_path / "x.npz")
+    names = np.array([{}] * 70, dtype=object)
+    for save in (np.savez, np.savez_compressed):
+        save(path, x=X, labels=np.array(["a"] * 70), n=70, names=names)
+        assert (together(read(path, key="x")) == X).all()
+        for bad, message in (("labels", "expected plain numbers"), ("n", "single number"), ("names", "never read")):
+            with pytest.raises(FormatError, match=message):
+                list(read(path, key=bad))
+        with pytest.raises(Question, match="holds 4 arrays"):
+            read(path)
+
+
+def test_a_key_for_what_has_no_keys_is_refused(tmp_path):
+    for data in (npy(tmp_path / "x.npy", X), X, tmp_path):
+        with pytest.raises(InvalidValue, match=r"names an array of an \.npz file"):
+            read(data, key="x")
 
 
 def test_batches_are_handed_through():

@@ -102,6 +102,82 @@ def test_how_pixels_are_scaled_is_asked_unless_the_model_does_it_itself(photos):
     assert calibrate(free, photos, images={"scale": 1, "size": (10, 12)})["bn"].n == 40 * 120
 
 
+def of_one_mode(folder, mode, count=40):
+    """`count` images of 8 x 8, and their grey values scaled to 0 ... 1."""
+    from PIL import Image
+
+    rng = np.random.default_rng(1)
+    if mode == "I;16":
+        pixels, most = rng.integers(0, 65536, (count, 8, 8)).astype("u2"), 65535
+    else:
+        pixels, most = rng.integers(0, 256, (count, 8, 8)).astype("u1"), 255
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).convert(mode).save(folder / f"{k:02}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return pixels / most
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "1", "P", "LA", "RGBA", "CMYK"])
+@pytest.mark.parametrize("loader", ["load_img", "dataset"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_pixels_is_decoded_as_the_framework_does_or_refused(mode, loader, channels, tmp_path):
+    """The oracle for load_img is load_img; for 16 bits, which it leaves unscaled or clips, the pixels themselves."""
+    truth = of_one_mode(tmp_path, mode)
+    options = {"scale": "1/255", "loader": loader}
+    if mode == "I;16" and loader == "load_img":
+        with pytest.raises(InvalidValue, match=r"00\.png: its pixels are of the kind I;16"):
+            calibrate(model((8, 8), channels), str(tmp_path), images=options)
+        return
+    if (mode, loader, channels) == ("CMYK", "dataset", 1):
+        with pytest.raises(FormatError, match="an image of batch 0 is not decoded"):  # by TensorFlow
+            calibrate(model((8, 8), channels), str(tmp_path), images=options)
+        return
+    mean = calibrate(model((8, 8), channels), str(tmp_path), images=options)["bn"].mean
+    colour = {1: "grayscale", 3: "rgb"}[channels]
+    if loader == "load_img":
+        files = sorted(tmp_path.iterdir())
+        expected = np.stack([np.asarray(keras.utils.load_img(f, color_mode=colour), float) for f in files]) / 255
+        np.testing.assert_allclose(mean, expected.mean(axis=(0, 1, 2)), rtol=1e-5)
+    if mode in ("L", "I;16"):
+        np.testing.assert_allclose(mean, truth.mean(), atol=0.003)  # TensorFlow drops the lower 8 bits
+
+
+def test_files_that_are_not_read_are_counted_and_said(photos, tmp_path):
+    from PIL import Image
+
+    for k in range(40):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.webp")
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.tif")
+    result = calibrate(model((8, 8)), str(tmp_path), images={"scale": 1})
+    assert result.samples == 40
+    assert "other files left out: 1 .tif, 2 .webp" in str(result)
+    assert result.as_dict()["data"] == str(tmp_path)  # and not the name of a class
+    np.save(tmp_path / "mean.npy", np.zeros((40, 8, 8, 3), "f4"))
+    with pytest.raises(Question, match=r"holds \.npy files, and images \(.*0\.png\)"):
+        calibrate(model((8, 8)), str(tmp_path), images={"scale": 1})
+
+
+@pytest.mark.parametrize("loader", ["load_img", "dataset"])
+def test_what_is_no_file_is_refused_before_it_is_opened(loader, tmp_path):
+    of_one_mode(tmp_path, "L")
+    os.mkfifo(tmp_path / "z.png")  # opening it would wait for a writer for ever
+    with pytest.raises(FormatError, match=r"z\.png: not a regular file"):
+        calibrate(model((8, 8)), str(tmp_path), images={"scale": 1, "loader": loader})
+
+
+def test_an_image_that_is_a_bomb_and_one_of_another_format_are_named(tmp_path):
+    from PIL import Image
+
+    for side in (12000, 30000):  # more than we decode; more than Pillow would look at
+        Image.new("1", (side, side)).save(tmp_path / "z.png")
+        with pytest.raises(FormatError, match=r"z\.png: images of more than 100000000 pixels"):
+            calibrate(model((8, 8)), str(tmp_path), images={"scale": 1}, minimum=1)
+    (tmp_path / "z.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")  # would start Ghostscript
+    with pytest.raises(FormatError, match=r"z\.png: not an image that Keras decodes: no BMP, GIF, JPEG, PNG file"):
+        calibrate(model((8, 8)), str(tmp_path), images={"scale": 1}, minimum=1)
+
+
 def test_images_that_are_none_are_named(photos, tmp_path):
     with pytest.raises(NotFound, match="no images"):
         calibrate(model(), str(tmp_path), images={"scale": 1})
