@@ -9,7 +9,7 @@ from bnport.containers.zip import STORED, Archive
 from bnport.errors import FormatError, NotFound, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from bnport.adapters.keras.absent import Absent
@@ -32,12 +32,12 @@ def read(file: ReadFile, absent: Absent | None, *, evidence: bool) -> Contents:
     text = archive.read(CONFIG, config.CONFIG_LIMIT)
     root = config.tree(config.parse(text, f"{shown}: {CONFIG}"), f"{shown}: {CONFIG}")
     weights = Weights(archive)
-    nodes = [node for node in root.walk() if node.is_batchnorm]
-    entries = [_entry(node, weights, shown) for node in nodes]
     if any(node.custom for node in root.walk()) and WEIGHTS in archive:
-        entries += _hidden(entries, weights.store, shown, absent)
+        entries = _with_hidden(root, weights, shown, absent)
+    else:
+        entries = [_entry(node, weights, shown) for node in root.walk() if node.is_batchnorm]
     if evidence:
-        _add_evidence(root, entries, weights, hidden=len(entries) > len(nodes))
+        _add_evidence(root, entries, weights, hidden=any(entry.node is None for entry in entries))
     notes = absent.notes() if absent is not None else ()
     contents = Contents(file.path, "keras", entries, holds_epsilon=True, notes=tuple(notes))
     contents.extra = {"archive": archive, "text": text, "root": root}
@@ -155,13 +155,41 @@ def _fetcher(
     return fetch
 
 
-def _hidden(known: list[Entry], store: Store, shown: str, absent: Absent | None) -> list[Entry]:
-    """The layers inside custom layers and models, whose configs need not mention them: found by their arrays."""
+def _with_hidden(root: config.Node, weights: Weights, shown: str, absent: Absent | None) -> list[Entry]:
+    """The layers of a model with custom layers, whose configs need not mention what is in them, nor where it lies."""
+    from bnport.adapters.keras import inside
+
+    joined = inside.join(root, weights.store, shown)
+    nodes = [node for node in root.walk() if node.is_batchnorm and id(node) not in joined.open]
+    entries = [_entry(node, weights, shown) for node in nodes]
+    names = inside.unique((e.name for e in entries), (), (node.storage or node.name for node in nodes))
+    for entry, node, name in zip(entries, nodes, names, strict=True):
+        entry.name, entry.notes = name, (*entry.notes, *joined.notes.get(id(node), ()))
+    for path, alike in joined.alike.items():
+        settings, tensors = alike.settings, alike.tensors
+        notes = (*settings.notes, inside.alike_note(alike))
+        entries.append(
+            Entry(
+                path, f"{shown}: {printable(path)}", lambda tensors=tensors: tensors,  # type: ignore[misc]
+                epsilon=settings.epsilon, momentum=settings.momentum, notes=notes,
+            )
+        )  # fmt: skip
+    return entries + _hidden(entries, joined.alike, weights.store, shown, absent)
+
+
+def _hidden(known: list[Entry], alike: Iterable[str], store: Store, shown: str, absent: Absent | None) -> list[Entry]:
+    """The layers that are found by their arrays alone."""
+    from bnport.adapters.keras.inside import unique
     from bnport.adapters.keras.weights import scan
 
     paths = {store.h5.root.path} | {f"{entry.node.storage}/vars" for entry in known if entry.node is not None}
     listed_ = {group.path for entry in known if entry.node and (group := store.variables(entry.node.storage))}
-    found, _ = scan(store, shown, absent, skip={p.replace("\\", "/") for p in paths | listed_})
+    skip = {p.replace("\\", "/") for p in paths | listed_} | {f"{path}/vars" for path in alike}
+    found, _ = scan(store, shown, absent, skip=skip)
+    taken = [entry.name for entry in known]
+    names = unique((each.name for each in found), taken, (each.path.removesuffix("/vars") for each in found))
+    for each, name in zip(found, names, strict=True):
+        each.name = name
     return [_hidden_entry(each, shown) for each in found]
 
 

@@ -96,9 +96,9 @@ class Entry:
         else:
             if self.epsilon is None:
                 assumed.add("epsilon")
-            elif holds_epsilon:
+            elif holds_epsilon and self.node is not None:
                 stores.add("epsilon")
-            if holds_epsilon and self.momentum is not None:
+            if holds_epsilon and self.momentum is not None and self.node is not None:
                 stores.add("momentum")
         try:
             return Layer(

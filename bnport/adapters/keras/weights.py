@@ -65,6 +65,12 @@ class Store:
         group = self.group(path)
         return group.names() if group is not None else []
 
+    def folder(self, storage: str) -> str:
+        """Where in this file a layer lies whose path in a file of Keras >= 2.15 is `storage`."""
+        if storage and self.group(storage) is None and _OLD in self.names(""):
+            return self._old_path(storage) or storage
+        return storage
+
     def variables(self, storage: str) -> Group | None:
         """The `vars` group of a layer whose path in a file of Keras >= 2.15 is `storage`; None if it is not there."""
         self.h5  # noqa: B018  (opens the file, which fills the index)

@@ -25,11 +25,11 @@ REWRITE_LIMIT = 2 << 30  # bytes of a weights member that is rewritten in memory
 
 
 class _Plan:
-    """What is to be done: (tensor, new bytes) and node path -> {"epsilon": value, "momentum": value}."""
+    """What is to be done: (tensor, new bytes) and the config's node, by number -> {"epsilon": value, "momentum": value}."""
 
     def __init__(self) -> None:
         self.arrays: list[tuple[H5Tensor, bytes]] = []
-        self.settings: dict[str, dict[str, float]] = {}
+        self.settings: dict[int, dict[str, float]] = {}
 
 
 def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
@@ -107,11 +107,20 @@ def _add(plan: _Plan, contents: Contents, entry: Entry, change: Change) -> None:
     if "momentum" in change.fields and change.momentum is not None and change.momentum != entry.momentum:
         new["momentum"] = change.momentum
     if new and entry.node is not None:
-        plan.settings[entry.node.path] = new
+        plan.settings[_number(contents, entry.node)] = new
     if "moving_stddev" in tensors:
         epsilon = new.get("epsilon", entry.default_epsilon if entry.epsilon is None else entry.epsilon)
         for field, array in renorm_arrays(record, epsilon, change.fields).items():
             plan.arrays.append((tensors[field], _encoded(array, tensors[field], f"{where}: {field}")))
+
+
+def _number(contents: Contents, node: config.Node) -> int:
+    """The how-many-eth node of the config it is: inside custom layers names may occur twice."""
+    numbers = contents.extra.get("numbers")
+    if numbers is None:
+        numbers = contents.extra["numbers"] = {id(each): at for at, each in enumerate(contents.extra["root"].walk())}
+    number: int = numbers[id(node)]
+    return number
 
 
 def _encoded(array: Array, tensor: H5Tensor, where: str) -> bytes:
@@ -141,8 +150,8 @@ def _new_config(text: bytes | str, plan: _Plan, where: str, *, same_length: bool
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     numbers: dict[int, float] = {}
-    for node in config.tree(config.parse(text, where, positions=True), where).walk():
-        for key, value in plan.settings.get(node.path, {}).items() if node.is_batchnorm else ():
+    for number, node in enumerate(config.tree(config.parse(text, where, positions=True), where).walk()):
+        for key, value in plan.settings.get(number, {}).items():
             old = node.config[key]
             if not isinstance(old, config.Real | config.Whole):
                 raise FormatError(f"{where}: {printable(node.path)}: {key} is not a number")
