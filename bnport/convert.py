@@ -61,7 +61,7 @@ def convert(
     epsilon: of a source that does not hold it (a PyTorch state dict); target_epsilon: the same for the target.
     momentum: "keep" the target's, or "port" the source's.
     run: also run the real layers of target and source (default: only those of a live target, as its framework is imported
-        then).
+        then, and those of a live source that has layers of a class with its own code).
     source_options, target_options: for the adapters (key=, prototxt=, stat=, ...).
 
     An epsilon that the target can hold is written as it is, so gamma, beta, mean and variance stay bit for bit; one that
@@ -100,7 +100,8 @@ def convert(
         return report.planned()
     adapter = adapters.load(targets.format)
     reading = {**(target_options or {}), "format": targets.format, "epsilon": target_epsilon}
-    original = _source_engine(source, epsilon, source_options) if run else None
+    unknown = run is None and any(_UNKNOWN in note for layer in sources.values() for note in layer.notes)
+    original = _source_engine(source, epsilon, source_options) if run or unknown else None
     if path is None:
         if not hasattr(adapter, "apply"):
             raise InvalidValue(f"{targets.source}: bnport cannot write into a live {targets.format} object")
@@ -143,6 +144,9 @@ def convert(
         else:
             replace_file(destination, build, check, force=force, inputs=inputs)
     return results[0]
+
+
+_UNKNOWN = "what it computes is not known"  # of a live layer whose code is its user's own: it is run then
 
 
 class _NotTheSame(Exception):

@@ -83,13 +83,15 @@ class Outcome:
         }
         others = [name for name, (check, _) in bits.items() if not check.ok and name not in self.changes]
         not_run: list[str] = []
-        if engine is None:
+        if engine is None and source_engine is None:
             not_run.append("the real layers (--run does)")
         else:
             layers = run_layers(
                 layers, self.sources, after, engine, not_run, progress, self.references,
                 source_engine=None if self.references else source_engine,
             )  # fmt: skip
+            if engine is None:
+                not_run[0] = "the target's real layers (--run does)"
         report = self._report("convert", layers, out, not_run)
         if others:
             raise MatchError(f"{after.source}: layers that were not to be written changed: {listed(others)}")

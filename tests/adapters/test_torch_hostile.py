@@ -367,7 +367,7 @@ def test_torchscript_code_of_any_kind_is_only_looked_through(tmp_path):
         ("class BatchNorm1d(Module):\n  eps : Final[float] = __import__('os').abort()\n", "read"),
         ("class BatchNorm1d(Module):\n  eps : Final[float] = -1.0\n", "FormatError"),
         ("class BatchNorm1d(Module):\n  eps : Final[float] = nan\n", "FormatError"),
-        ("class BatchNorm1d(Module):\n" + "torch.batch_norm(" * 400_000, "read"),
+        ("class BatchNorm1d(Module):\n" + "torch.batch_norm(" * 400_000, "FormatError"),
     ):
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(again, "w") as new:
             for info in old.infolist():

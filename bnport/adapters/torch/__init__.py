@@ -22,6 +22,11 @@ Written into a copy, all else byte for byte the same: gamma, beta, mean and vari
 numbers (not strided views, not in a compressed archive). epsilon and momentum are not written into files.
 
 Names are given without the prefixes module. (DataParallel) and _orig_mod. (torch.compile).
+A pruned weight is read as weight_orig * weight_mask. What weight_norm, spectral_norm or a parametrization computes is
+refused in files and read live. A tensor of the channels' size beside the statistics that is none of the above is
+refused by name. Nothing of these is written. A class that is not known is noted: a live one is run by convert, a file does
+not hold what it computes. A bare state dict does not tell an InstanceNorm with running statistics from a BatchNorm,
+nor a subclass with its own forward().
 Options: key (where in the checkpoint), inplace_abn (gamma = abs(weight) + eps; a state dict does not tell).
 Live: any nn.Module or state dict; torch's own, SyncBatchNorm, timm's and FrozenBatchNorm2d (torchvision, detectron2).
 """
@@ -245,7 +250,7 @@ def run_all(
     epsilon: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`run` for many layers (name -> x) of a source that is read once."""
-    from bnport.adapters.torch.live import run_live
+    from bnport.adapters.torch.running import run_live
 
     return run_live(source, inputs, key, inplace_abn, epsilon)
 

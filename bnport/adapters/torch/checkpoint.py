@@ -54,6 +54,12 @@ class Checkpoint:
         """The tensor that a value stands for, or None."""
         return rebuilt(value, name, self.where)
 
+    def is_lazy(self, value: Any) -> bool:
+        """Whether a value stands for a parameter or buffer of a lazy layer that has seen no batch."""
+        from bnport.adapters.torch.search import is_lazy
+
+        return is_lazy(value)
+
     def versions(self, value: Any) -> dict[str, int]:
         """module prefix -> version, from the `_metadata` of a state dict; {} where there is none."""
         state = value.state if isinstance(value, Node) else None

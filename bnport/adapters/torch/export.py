@@ -5,6 +5,7 @@ from __future__ import annotations
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
+from bnport.adapters.torch.parameters import Product
 from bnport.adapters.torch.state import ROOT
 from bnport.adapters.torch.tensors import located
 from bnport.containers.tensor import ITEM_SIZE
@@ -25,7 +26,7 @@ JSON_LIMIT = 10_000_000  # bytes; parsed JSON takes up to thirty times as much
 # torch._export.serde.schema.ScalarType
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 12: "bool",
            13: "bfloat16"}  # fmt: skip
-_NORMS = ("batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+NORMS = ("batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 _KERNELS = ("conv1d", "conv2d", "conv3d", "convolution", "linear", "conv_transpose1d", "conv_transpose2d",
             "conv_transpose3d")  # fmt: skip
 _CHANNELWISE = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "elu", "silu", "silu_", "gelu",
@@ -134,11 +135,11 @@ def _layers(nodes: list[_Node], names: dict[str, str], tensors: dict[str, Tensor
         for taken in node.takes:
             reached.update(before.get(taken, {}))
         fed_by = feeds.get(node.takes[0]) if node.takes else None
-        if node.operation in _NORMS:
+        if node.operation in NORMS:
             mean = names.get(node.tensor("running_mean"), "")
             name = mean.removesuffix("running_mean").removesuffix(".") or ROOT
             if name not in seen:
-                yield _layer(name, node, names, tensors, where, fed_by, tuple(reached))
+                yield _layer(name, node, nodes, names, tensors, where, fed_by, tuple(reached))
             seen.add(name)
             reached, fed_by = {name: None}, None
         elif node.operation in _KERNELS:
@@ -154,6 +155,7 @@ def _layers(nodes: list[_Node], names: dict[str, str], tensors: dict[str, Tensor
 def _layer(
     name: str,
     node: _Node,
+    nodes: list[_Node],
     names: dict[str, str],
     tensors: dict[str, Tensor],
     where: str,
@@ -166,16 +168,39 @@ def _layer(
             f"{where}: {printable(name)} was exported in training mode or without running statistics, so it uses those"
             " of each batch; call eval() before torch.export.export"
         )
+    shown, notes = f"{where}: {printable(name)}", []
     found: dict[str, Tensor | None] = {}
     for theirs in ("weight", "bias", "running_mean", "running_var"):
         used = node.tensor(theirs)
         found[theirs] = tensors.get(names.get(used, used)) if used else None
         if used and found[theirs] is None:
-            raise FormatError(
-                f"{where}: {printable(name)}: no tensor {printable(names.get(used, used))!r} in the archive"
-            )
+            found[theirs] = _pruned(used, nodes, names, tensors, shown, theirs)
+            notes.append(f"pruned: {theirs} is {theirs}_orig * {theirs}_mask")
     epsilon = given.get("eps", given.get("epsilon", {})).get("as_float")
-    return make_layer(name, found, where, epsilon=epsilon, kernel=kernel, inputs=inputs)
+    return make_layer(name, found, where, epsilon=epsilon, kernel=kernel, inputs=inputs, notes=notes)
+
+
+def _pruned(
+    made: str, nodes: list[_Node], names: dict[str, str], tensors: dict[str, Tensor], shown: str, theirs: str
+) -> Tensor:
+    """The product of a stored parameter and its mask that the graph computes; any other computation is refused."""
+    makers = {name: node for node in nodes for name in node.makes}
+    maker = makers.get(made)
+    if maker is None:
+        raise FormatError(f"{shown}: no tensor {printable(names.get(made, made))!r} in the archive")
+    parts = {}
+    for taken in maker.takes:
+        cast = makers.get(taken)  # prune multiplies with mask.to(orig.dtype)
+        stored = names.get(cast.takes[0] if cast is not None and cast.operation == "to" and cast.takes else taken, "")
+        parts[stored.rpartition(".")[2]] = tensors.get(stored)
+    orig, mask = parts.get(f"{theirs}_orig"), parts.get(f"{theirs}_mask")
+    if maker.operation != "mul" or orig is None or mask is None or orig.shape != mask.shape:
+        raise FormatError(
+            f"{shown}: its {theirs} is not stored: the graph computes it by {printable(maker.operation)!r}. Make it a plain"
+            " parameter before torch.export.export (torch.nn.utils.remove_weight_norm, parametrize.remove_parametrizations,"
+            " prune.remove), or give bnport the live module"
+        )
+    return Product(f"{shown}.{theirs}", orig, mask)
 
 
 def _kernel(node: _Node, names: dict[str, str], tensors: dict[str, Tensor]) -> Kernel | None:

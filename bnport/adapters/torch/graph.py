@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bnport.adapters.torch.export import NORMS
+from bnport.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -116,4 +119,91 @@ def _walked(
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
             if name in _CHANNELWISE_CALLS:
                 feeds[node] = fed_by
+    return found
+
+
+# ---- exported programs, whose layers hold tensors and nothing else
+
+_ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")  # of the function
+
+
+class Exported(NamedTuple):
+    """A call of batch_norm in a GraphModule: its arguments by name, constants and nodes."""
+
+    graph_module: Any
+    arguments: Mapping[str, Any]
+
+    @property
+    def epsilon(self) -> float | None:
+        """As the call gives it."""
+        value = self.arguments.get("eps", self.arguments.get("epsilon"))
+        return float(value) if isinstance(value, int | float) else None
+
+    def taken(self, own: Mapping[str, Any], shown: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+        """The layer's tensors as the call takes them, and which are its weight and bias, as `roles_of` takes it.
+
+        Raises FormatError for a parameter that the graph computes, other than a pruned one.
+        """
+        if self.arguments.get("training") is True:
+            raise FormatError(
+                f"{shown} was exported in training mode, so it uses the statistics of each batch; call eval() before"
+            )
+        tensors = {name: own[name] for name in ("running_mean", "running_var", "num_batches_tracked") if name in own}
+        given: dict[str, tuple[str, ...]] = {}
+        for role in ("weight", "bias"):
+            node = self.arguments.get(role)
+            pair = (f"{role}_orig", f"{role}_mask")
+            if node is None:
+                given[role] = ()
+            elif node.op == "get_attr":
+                module, _, last = node.target.rpartition(".")
+                tensors[role], given[role] = getattr(self.graph_module.get_submodule(module), last), (role,)
+            elif node.name.startswith("mul") and set(_sources(node)) == {f"{self._prefix}{name}" for name in pair}:
+                tensors.update({name: own[name] for name in pair})
+                given[role] = pair
+            else:
+                raise FormatError(
+                    f"{shown}: its {role} is computed by the graph ({node.name}) and is not stored; make it a plain parameter"
+                    " before torch.export.export, or give bnport the module that was exported"
+                )
+        return tensors, given
+
+    @property
+    def _prefix(self) -> str:
+        return str(self.arguments["running_mean"].target).removesuffix("running_mean")
+
+
+def _sources(node: Any) -> list[str]:
+    """Names of the attributes that a node is computed from, through casts."""
+    return [
+        before.target if before.op == "get_attr" else before.all_input_nodes[0].target
+        for before in node.all_input_nodes
+        if before.op == "get_attr" or (before.name.startswith("to") and before.all_input_nodes)
+    ]
+
+
+def exported_norms(model: Any) -> dict[int, Exported]:
+    """id of a module -> the call of batch_norm that uses its running_mean, in every GraphModule of the model."""
+    import torch
+    import torch.fx
+
+    found: dict[int, Exported] = {}
+    for module in model.modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            schema = getattr(node.target, "_schema", None)
+            if node.target is torch.nn.functional.batch_norm:
+                names = list(_ORDER)
+            elif schema is not None and schema.name.removeprefix("aten::") in NORMS:
+                names = [argument.name for argument in schema.arguments]
+            else:
+                continue
+            arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            mean = arguments.get("running_mean")
+            if mean is not None and mean.op == "get_attr":
+                owner = module.get_submodule(mean.target.rpartition(".")[0])
+                found.setdefault(id(owner), Exported(module, arguments))
     return found

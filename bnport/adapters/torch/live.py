@@ -1,4 +1,4 @@
-"""Live modules and state dicts: read, written into, and run, with the torch that they came with."""
+"""Live modules and state dicts: read and written into with the torch that they came with."""
 
 from __future__ import annotations
 
@@ -6,47 +6,24 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.adapters.torch.layers import FIELD_OF, LAZY, NO_STATISTICS, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import FIELD_OF, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
+from bnport.adapters.torch.parameters import REMEDIES, STATISTICS, by_role, roles_of
+from bnport.adapters.torch.script import IN_TRAINING
 from bnport.adapters.torch.search import chosen, models_in
-from bnport.adapters.torch.state import ROOT, layers_of_state, plain_names
-from bnport.containers.tensor import Tensor
-from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, Unrepresentable, listed, printable
+from bnport.adapters.torch.state import ROOT, grouped, layers_of_state, plain_names
+from bnport.adapters.torch.values import class_name, held_by, own_forward, tensor_of
+from bnport.errors import FormatError, InvalidValue, NotFound, Unrepresentable, listed, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from bnport.adapters.torch.graph import Exported
+    from bnport.containers.tensor import Tensor
     from bnport.layer import Change, Kernel, Layer
-    from bnport.record import Array
 
 ABSENT = "no BatchNorm layer in it"
-_STATISTICS = ("running_mean", "running_var")
-
-
-def tensor_of(value: Any, name: str) -> Tensor | None:
-    """A live torch tensor or numpy array as a Tensor; None for anything else, and for an uninitialised lazy one."""
-    import torch
-    from torch.nn.parameter import is_lazy
-
-    if isinstance(value, torch.Tensor) and not is_lazy(value):
-        live = value.detach()
-
-        def read() -> bytes:
-            if live.device.type == "meta":
-                raise FormatError(
-                    f"{printable(name)}: is on the meta device and holds no numbers; load the weights first"
-                )
-            flat = live.cpu().contiguous().reshape(-1)
-            data: bytes = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-            return data
-
-        return Tensor(name, str(value.dtype).removeprefix("torch."), tuple(value.shape), read)
-    if isinstance(value, np.ndarray):
-        return Tensor(
-            name, value.dtype.name, value.shape, lambda: value.astype(value.dtype.newbyteorder("<")).tobytes()
-        )
-    return None
 
 
 class LiveReader:
@@ -63,6 +40,12 @@ class LiveReader:
         """A live tensor or array as a Tensor, or None."""
         return tensor_of(value, name)
 
+    def is_lazy(self, value: Any) -> bool:
+        """Whether it is a parameter or buffer of a lazy layer that has seen no batch."""
+        from torch.nn.parameter import is_lazy
+
+        return bool(is_lazy(value))
+
 
 def described(source: Any) -> str:
     """What a live object is called in messages."""
@@ -78,7 +61,7 @@ def read_live(source: Any, key: str | None, inplace_abn: bool | None, epsilon: f
     if not found and not isinstance(source, dict | list | tuple):
         raise FormatError(f"{where}: neither an nn.Module nor a state dict")
     if len(found) > 1:
-        found = [f for f in found if f.tensors is not None or any(_norms(f.value))]
+        found = [f for f in found if f.tensors is not None or any(norms_of(f.value))]
     model, notes = chosen(found, key, where)
     if model is None:
         return Layers(source=where, format="torch", notes=[*notes, ABSENT])
@@ -96,11 +79,7 @@ def _versions(state: Any) -> dict[str, int]:
 
 
 def _is_instance_norm(module: Any) -> bool:
-    return "InstanceNorm" in _class_name(module)
-
-
-def _class_name(module: Any) -> str:
-    return getattr(module, "original_name", None) or type(module).__name__  # a ScriptModule keeps its class's name
+    return "InstanceNorm" in class_name(module)
 
 
 def _is_batchnorm(module: Any) -> bool:
@@ -110,10 +89,10 @@ def _is_batchnorm(module: Any) -> bool:
         return False
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
         return True
-    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in _STATISTICS)
+    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in STATISTICS)
 
 
-def _norms(model: Any) -> Iterator[tuple[str, Any]]:
+def norms_of(model: Any) -> Iterator[tuple[str, Any]]:
     """(name, module) of the BatchNorm layers of a model, each module once, by torch's own names."""
     for name, module in model.named_modules():
         if _is_batchnorm(module):
@@ -121,12 +100,13 @@ def _norms(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
-    from bnport.adapters.torch.graph import traced
+    from bnport.adapters.torch.graph import exported_norms, traced
 
     plain, notes = plain_names([name for name, _ in model.named_modules() if name])
     plain[""] = ROOT
-    norms = dict(_norms(model))
+    norms = dict(norms_of(model))
     graph = traced(model, norms) if norms else None
+    exported = exported_norms(model) if norms else {}
     kernels = feeding(_definitions(model, plain))
     layers = []
     for name, module in norms.items():
@@ -136,7 +116,8 @@ def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[L
             inputs = tuple(plain[n] for n in reached_by)
             if kernel is None or kernel.name != plain.get(fed_by):
                 kernel = module_kernel(model.get_submodule(fed_by), plain[fed_by]) if fed_by else None
-        layers.append(_layer(plain[name], module, where, inplace_abn, kernel, inputs))
+            kernel = kernel and kernel._replace(guessed=False)
+        layers.append(_layer(plain[name], module, where, inplace_abn, kernel, inputs, exported.get(id(module))))
     others = sum(_is_instance_norm(module) for module in model.modules())
     if others:
         notes.append(f"{others} InstanceNorm layers are not BatchNorm and were left alone")
@@ -148,7 +129,7 @@ def module_kernel(module: Any, name: str, first: bool = False) -> Kernel | None:
     tensor = tensor_of(getattr(module, "weight", None), name)
     if tensor is None or len(tensor.shape) < 2:
         return None
-    kind = kernel_kind(_class_name(module), tensor.shape, getattr(module, "groups", None))
+    kind = kernel_kind(class_name(module), tensor.shape, getattr(module, "groups", None))
     return kernel_of(name, tensor, kind=kind, first=first)
 
 
@@ -164,39 +145,51 @@ def _definitions(model: Any, plain: Mapping[str, str]) -> Iterator[Definition]:
 
 
 def _is_inplace(module: Any, inplace_abn: bool | None) -> bool:
-    return _class_name(module).startswith("InPlaceABN") if inplace_abn is None else inplace_abn
+    return class_name(module).lower().startswith("inplaceabn") if inplace_abn is None else inplace_abn
 
 
 def _layer(
-    name: str, module: Any, where: str, inplace_abn: bool | None, kernel: Kernel | None, inputs: tuple[str, ...] | None
+    name: str,
+    module: Any,
+    where: str,
+    inplace_abn: bool | None,
+    kernel: Kernel | None,
+    inputs: tuple[str, ...] | None,
+    exported: Exported | None,
 ) -> Layer:
-    from torch.nn.parameter import is_lazy
+    import torch
 
-    values = {n: getattr(module, n, None) for n in FIELD_OF}
-    if any(value is not None and is_lazy(value) for value in values.values()):
-        raise FormatError(f"{where}: {printable(name)} {LAZY}")
-    epsilon, notes = getattr(module, "eps", None), []
-    if epsilon is None and hasattr(module, "code"):
-        from bnport.adapters.torch.script import epsilon_in_code
-
-        epsilon, _, training = epsilon_in_code(module.code)
-        if training:
-            raise FormatError(f"{where}: {printable(name)} was traced in training mode and uses batch statistics")
+    inplace = _is_inplace(module, inplace_abn)
+    held = held_by(module, name, where, inplace, exported)
+    if held.says.training:
+        raise FormatError(f"{where}: {printable(name)} {IN_TRAINING}")
+    epsilon = exported.epsilon if exported is not None else None
+    if isinstance(module, torch.jit.ScriptModule):
+        attribute = held.says.arguments["eps"].attribute if held.says.arguments else ""
+        epsilon = held.says.number("eps", {attribute: getattr(module, attribute, None)})
+    if epsilon is None:
+        epsilon = getattr(module, "eps", None)
+    notes = [*held.roles.notes, *(note for note in [own_forward(module, exported)] if note)]
+    notes += [
+        f"its {role} is computed by {what} each time it runs; it is read as it is now"
+        for role, what in held.computed.items()
+        if what != "pruning"
+    ]
     for attribute in ("act", "activation"):
         activation = getattr(module, attribute, None)
         shown = activation if isinstance(activation, str) else type(activation).__name__
         if shown.lower() not in ("nonetype", "identity", "none"):
-            notes.append(f"{_class_name(module)} applies {shown} after it, which is not part of the record")
+            notes.append(f"{class_name(module)} applies {shown} after it, which is not part of the record")
             break
     return make_layer(
         name,
-        {n: tensor_of(value, f"{name}.{n}") for n, value in values.items()},
+        by_role(held.tensors, held.roles, name),
         where,
         epsilon=epsilon,
         momentum=getattr(module, "momentum", None),
-        counter=tensor_of(getattr(module, "num_batches_tracked", None), name),
-        inplace_abn=_is_inplace(module, inplace_abn) and values["weight"] is not None,
-        holds=[n for n, theirs in (("epsilon", "eps"), ("momentum", "momentum")) if hasattr(module, theirs)],
+        counter=held.tensors.get("num_batches_tracked"),
+        inplace_abn=inplace and bool(held.roles.weight),
+        holds=[field for field, theirs in ATTRIBUTES.items() if _can_set(module, theirs)],
         kernel=kernel,
         inputs=inputs,
         notes=notes,
@@ -206,31 +199,47 @@ def _layer(
 
 # ---- writing
 
+ATTRIBUTES = {"epsilon": "eps", "momentum": "momentum"}
+
+
+def _can_set(module: Any, theirs: str) -> bool:
+    """Whether a layer has an attribute that its forward uses: in a TorchScript module it is a constant in the code."""
+    import torch
+
+    return hasattr(module, theirs) and not isinstance(module, torch.jit.ScriptModule)
+
 
 def apply_live(model: Any, changes: Mapping[str, Change], inplace_abn: bool | None = None) -> None:
     """Write into a live module or state dict: everything is checked first, and undone if anything fails."""
     import torch
 
     where = described(model)
-    targets = _targets(model)
+    targets = targets_of(model, inplace_abn)
     tensors: list[tuple[Any, Any]] = []  # (live tensor, new values)
     attributes: list[tuple[Any, str, float]] = []
     for name, change in changes.items():
         if name not in targets:
             raise NotFound(f"{where}: no BatchNorm layer {printable(name)!r}; there are {listed(targets, 5)}")
-        module, values = targets[name]
+        module, values, computed = targets[name]
         for field in sorted(change.fields):
             shown = f"{where}: {printable(name)}: {field}"
             if field in ("epsilon", "momentum"):
-                theirs = "eps" if field == "epsilon" else "momentum"
-                if module is None or not hasattr(module, theirs):
-                    raise InvalidValue(f"{shown} cannot be written, a state dict holds none")
+                theirs = ATTRIBUTES[field]
+                if module is None or not _can_set(module, theirs):
+                    what = "a state dict" if module is None else f"{class_name(module)} in this form"
+                    raise InvalidValue(f"{shown} cannot be written, {what} holds none")
                 if field == "momentum" and change.momentum is None:
                     raise InvalidValue(f"{shown} is to be written, but none is given")
                 value = change.record.epsilon if field == "epsilon" else round(1 - (change.momentum or 0.0), 12)
                 attributes.append((module, theirs, value))
                 continue
-            live = values.get({ours: theirs for theirs, ours in FIELD_OF.items()}[field])
+            role = {ours: theirs for theirs, ours in FIELD_OF.items()}[field]
+            if role in computed:
+                raise InvalidValue(
+                    f"{shown} cannot be written: the layer computes it by {computed[role]} each time it runs, so it would not"
+                    f" stay; call {REMEDIES[computed[role]].format(role=role)} first"
+                )
+            live = values[role]
             if live is None:
                 raise InvalidValue(f"{shown} cannot be written, the layer has none")
             array = getattr(change.record, field)
@@ -269,108 +278,36 @@ def _commit(tensors: list[tuple[Any, Any]], attributes: list[tuple[Any, str, flo
             raise
 
 
-def _targets(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Layer name as read -> (module or None, its live tensors by torch's names)."""
+def targets_of(model: Any, inplace_abn: bool | None = None) -> dict[str, tuple[Any, dict[str, Any], dict[str, str]]]:
+    """Layer name as read -> (module or None, its live tensors by torch's names, role -> what computes it)."""
     import torch
 
+    where = described(model)
     if isinstance(model, torch.nn.Module):
+        from bnport.adapters.torch.graph import exported_norms
+
         plain, _ = plain_names([name for name, _ in model.named_modules() if name])
         plain[""] = ROOT
-        return {plain[name]: (m, {n: getattr(m, n, None) for n in FIELD_OF}) for name, m in _norms(model)}
-    found, _ = chosen(models_in(model, LiveReader(described(model)), lambda _: False), None, described(model))
-    if found is None:
+        exported = exported_norms(model)
+        targets = {}
+        for name, m in norms_of(model):
+            held = held_by(m, plain[name], where, _is_inplace(m, inplace_abn), exported.get(id(m)))
+            targets[plain[name]] = (m, held.live(), held.computed)
+        return targets
+    found, _ = chosen(models_in(model, LiveReader(where), lambda _: False), None, where)
+    if found is None or found.tensors is None:
         return {}
     state = found.value
-    plain, _ = plain_names([name for name, value in state.items() if tensor_of(value, name) is not None])
+    plain, _ = plain_names(list(found.tensors))
+    prefixes = [full.removesuffix("running_mean") for full in found.tensors if f".{full}".endswith(".running_mean")]
+    own, below = grouped(found.tensors, prefixes)
     targets = {}
-    for full in state:
-        if full == "running_mean" or full.endswith(".running_mean"):
-            prefix = full.removesuffix("running_mean")
-            name = plain[full].removesuffix("running_mean").removesuffix(".") or ROOT
-            live = {n: state.get(prefix + n) for n in FIELD_OF}
-            if any(v is not None and not isinstance(v, torch.Tensor) for v in live.values()):
-                raise InvalidValue(f"{printable(name)}: only torch tensors can be written into")
-            targets[name] = (None, live)
+    for prefix in prefixes:
+        name = plain[prefix + "running_mean"].removesuffix("running_mean").removesuffix(".") or ROOT
+        roles = roles_of(own[prefix], below[prefix], f"{where}: {printable(name)}", own[prefix]["running_mean"].size)
+        names = {"weight": roles.weight, "bias": roles.bias, **{n: (n,) for n in STATISTICS}}
+        live = {role: state.get(prefix + parts[0]) if len(parts) == 1 else None for role, parts in names.items()}
+        if any(v is not None and not isinstance(v, torch.Tensor) for v in live.values()):
+            raise InvalidValue(f"{printable(name)}: only torch tensors can be written into")
+        targets[name] = (None, live, {role: "pruning" for role, parts in names.items() if len(parts) == 2})
     return targets
-
-
-# ---- running
-
-
-def run_live(
-    source: Any,
-    inputs: Mapping[str, Any],
-    key: str | None = None,
-    inplace_abn: bool | None = None,
-    epsilon: float | None = None,
-) -> dict[str, dict[str, Array]]:
-    """name -> outputs, for x of shape (N, C) of each named layer, by torch; see run in the package's module."""
-    try:
-        import torch
-    except ImportError:
-        raise MissingDependency("running a PyTorch layer needs torch: pip install 'bnport[torch]'") from None
-    if isinstance(source, torch.nn.Module):
-        return {name: _run_module(source, name, x) for name, x in inputs.items()}
-    from bnport.adapters.torch import read
-
-    layers = read(source, key=key, inplace_abn=inplace_abn)
-    return {name: _run_record(layers, name, x, epsilon) for name, x in inputs.items()}
-
-
-def _run_record(layers: Layers, layer: str, x: Any, epsilon: float | None) -> dict[str, Array]:
-    import torch
-
-    if layer not in layers:
-        raise NotFound(f"{layers.source}: no BatchNorm layer {printable(layer)!r}; there are {listed(layers, 5)}")
-    record = layers[layer].record
-    if epsilon is not None and "epsilon" in layers[layer].assumed:
-        record = record.replace(epsilon=epsilon)
-    dtype = getattr(torch, layers[layer].dtype)
-    arrays = {n: torch.from_numpy(getattr(record, field).copy()).to(dtype) for n, field in FIELD_OF.items()}
-    with torch.no_grad():
-        y = torch.nn.functional.batch_norm(
-            torch.as_tensor(np.asarray(x)).to(dtype), **arrays, training=False, eps=record.epsilon
-        )
-    return {"torch.nn.functional.batch_norm": _numpy(y)}
-
-
-def _run_module(model: Any, layer: str, x: Any) -> dict[str, Array]:
-    import torch
-
-    targets = _targets(model)
-    if layer not in targets:
-        raise NotFound(f"{described(model)}: no BatchNorm layer {printable(layer)!r}; there are {listed(targets, 5)}")
-    module, values = targets[layer]
-    mean = values["running_mean"]
-    if mean is None:
-        raise FormatError(f"{described(model)}: {printable(layer)} {NO_STATISTICS}")
-    given = torch.as_tensor(np.asarray(x)).to(device=mean.device, dtype=mean.dtype)
-    spatial = 0 if _class_name(module).endswith("1d") else 3 if _class_name(module).endswith("3d") else 2
-    modes = [(m, m.training) for m in module.modules()]
-    parts = {
-        n: getattr(module, n) for n in ("act", "drop", "aa") if isinstance(getattr(module, n, None), torch.nn.Module)
-    }
-    activation = getattr(module, "activation", None)
-    try:
-        module.eval()
-        for n in parts:
-            setattr(module, n, torch.nn.Identity())
-        if isinstance(activation, str):
-            module.activation = "identity"
-        with torch.no_grad():
-            y = module.forward(given.reshape(*given.shape, *(1,) * spatial))
-    finally:
-        for n, part in parts.items():
-            setattr(module, n, part)
-        if isinstance(activation, str):
-            module.activation = activation
-        for m, training in modes:
-            m.training = training
-    return {f"{_class_name(module)}.forward": _numpy(y.reshape(given.shape))}
-
-
-def _numpy(y: Any) -> Array:
-    import torch
-
-    array: Array = (y.float() if y.dtype == torch.bfloat16 else y).detach().cpu().numpy()
-    return array

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import LAZY, Definition, feeding, kernel_of, make_layer
-from bnport.adapters.torch.search import state_of
+from bnport.adapters.torch.parameters import by_role, is_foreign, roles_of
+from bnport.adapters.torch.search import is_lazy, state_of, unwrapped
 from bnport.adapters.torch.state import ROOT, plain_names
 from bnport.containers.pickle import Global, Node
 from bnport.errors import FormatError, printable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
+    from bnport.containers.tensor import Tensor
     from bnport.layer import Kernel, Layer
 
 DEPTH = 100  # of modules in modules
@@ -46,7 +48,7 @@ def layers_of_module(root: Any, checkpoint: Checkpoint, inplace_abn: bool | None
         if "InstanceNorm" in short:
             instance_norms += 1
         elif _is_batchnorm(short, state, checkpoint):
-            layers.append(_layer(plain[name], short, state, checkpoint, inplace_abn, kernels.get(plain[name])))
+            layers.append(_layer(plain[name], kind, state, checkpoint, inplace_abn, kernels.get(plain[name])))
     if instance_norms:
         notes.append(f"{instance_norms} InstanceNorm layers are not BatchNorm and were left alone")
     return layers, notes
@@ -58,6 +60,7 @@ def _named(root: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, str, dict[s
     pending = [("", root, 0)]
     while pending:
         name, value, depth = pending.pop()
+        value = unwrapped(value)
         state = state_of(value)
         if state is None or id(value) in seen:
             continue
@@ -86,57 +89,81 @@ def _is_batchnorm(short: str, state: dict[str, Any], checkpoint: Checkpoint) -> 
     return "BatchNorm" in short and "running_mean" in buffers and "track_running_stats" in state
 
 
+def _own(state: dict[str, Any], name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors that lie directly in a layer: plain attributes, parameters and buffers."""
+    where = f"{checkpoint.where}: {printable(name)}"
+    own = {}
+    for last, value in state.items():
+        tensor = checkpoint.tensor(value, f"{name}.{last}") if isinstance(value, Node) else None
+        if tensor is not None:
+            own[last] = tensor
+    plain = set(own)
+    for group in ("_parameters", "_buffers"):
+        for last, value in (checkpoint.items(state.get(group)) or {}).items():
+            if value is None or not isinstance(last, str):
+                continue
+            if is_lazy(value):
+                raise FormatError(f"{where} {LAZY}")
+            tensor = checkpoint.tensor(value, f"{name}.{last}")
+            if tensor is None:
+                raise FormatError(f"{where}.{printable(last)}: is no tensor that is understood here")
+            own[last] = tensor
+    for role in plain & {"weight", "bias"}:
+        if f"{role}_orig" in own or f"{role}_g" in own:
+            del own[role]  # as it was computed at the last forward pass, perhaps before what it comes from changed
+    return own
+
+
 def _layer(
     name: str,
-    short: str,
+    kind: str,
     state: dict[str, Any],
     checkpoint: Checkpoint,
     inplace_abn: bool | None,
     kernel: Kernel | None,
 ) -> Layer:
-    where = f"{checkpoint.where}: {printable(name)}"
-    values = {n: _get(state, n, checkpoint) for n in ("weight", "bias", "running_mean", "running_var")}
-    if any(isinstance(v, Node) and "Uninitialized" in _innermost(v) for v in values.values()):
-        raise FormatError(f"{where} {LAZY}")
+    where, short = f"{checkpoint.where}: {printable(name)}", kind.rpartition(".")[2]
+    own = _own(state, name, checkpoint)
     channels = state.get("num_features")
-    tensors = {n: checkpoint.tensor(v, f"{name}.{n}") for n, v in values.items()}
-    for n, value in values.items():
-        if value is not None and tensors[n] is None:
-            raise FormatError(f"{where}.{n}: is no tensor that is understood here")
+    channels = channels if isinstance(channels, int) and channels > 0 else None
+    size = own["running_mean"].size if "running_mean" in own else channels or 0
+    children = checkpoint.items(state.get("_modules")) or {}
+    parametrized = _parametrized(children.get("parametrizations"), checkpoint)
+    roles = roles_of(own, parametrized, where, size)
+    tensors = by_role(own, roles, name)
     epsilon, momentum = state.get("eps"), state.get("momentum")
     if momentum is not None and not isinstance(momentum, float | int):
         raise FormatError(f"{where}: momentum {printable(momentum)} is no number")
-    notes = []
-    activation = (checkpoint.items(state.get("_modules")) or {}).get("act") or state.get("activation")
+    notes = list(roles.notes)
+    if is_foreign(kind):
+        notes.append(
+            f"its class {printable(kind)} is none that bnport knows, and no file holds what a class computes: taken for a"
+            " plain BatchNorm"
+        )
+    activation = children.get("act") or state.get("activation")
     shown = activation if isinstance(activation, str) else class_of(activation).rpartition(".")[2]
     if shown and shown.lower() not in ("identity", "none"):
         notes.append(f"{short} applies {printable(shown)} after it, which is not part of the record")
     inplace = short.startswith("InPlaceABN") if inplace_abn is None else inplace_abn
-    counter = _get(state, "num_batches_tracked", checkpoint)
     return make_layer(
         name,
         tensors,
         checkpoint.where,
         epsilon=epsilon,
         momentum=momentum,
-        counter=checkpoint.tensor(counter, f"{name}.num_batches_tracked"),
+        counter=own.get("num_batches_tracked"),
         inplace_abn=inplace and tensors["weight"] is not None,
         kernel=kernel,
         notes=notes,
-        channels=channels if isinstance(channels, int) and channels > 0 else None,
+        channels=channels,
     )
 
 
-def _innermost(value: Node) -> str:
-    """The class or function behind a parameter."""
-    for _ in range(4):
-        inner = value.args[0] if value.args else None
-        if isinstance(inner, Global):
-            return f"{value.path} {inner.path}"
-        if not isinstance(inner, Node):
-            break
-        value = inner
-    return value.path
+def _parametrized(holder: Any, checkpoint: Checkpoint) -> list[str]:
+    """Names of what torch.nn.utils.parametrize put into a layer."""
+    state = state_of(holder)
+    names = checkpoint.items(state["_modules"]) if state is not None else None
+    return [f"parametrizations.{name}" for name in names or ([] if holder is None else ["weight"])]
 
 
 def _definitions(

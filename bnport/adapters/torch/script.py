@@ -1,9 +1,11 @@
-"""BatchNorm layers of a TorchScript archive: the tensors from its pickle, epsilon from its code, which is only read."""
+"""BatchNorm layers of a TorchScript archive: the tensors from its pickle, epsilon and roles from its code."""
 
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
+from bnport.adapters.torch.code import applied, given_by
 from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.parameters import by_role, is_foreign, roles_of
 from bnport.adapters.torch.state import ROOT, plain_names
 from bnport.containers.pickle import Node
 from bnport.errors import FormatError, printable
@@ -19,36 +21,8 @@ CODE_LIMIT = 8 << 20  # bytes of one source file
 DEPTH = 100
 MODULES = 100_000
 
-
-def epsilon_in_code(code: str) -> tuple[float | None, float | None, bool]:
-    """(epsilon, momentum, whether it runs in training mode) of a module's TorchScript code; None where it does not say.
-
-    A scripted module has `eps : Final[float] = 0.001`; a traced one the literals of
-    torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, cudnn).
-    """
-    epsilon, momentum = (_number(_after(code, f"{name} : Final[float] = ")) for name in ("eps", "momentum"))
-    training = False
-    at = code.find("torch.batch_norm(")
-    if at >= 0:
-        arguments = code[at : code.find(")", at)].split(",")
-        if len(arguments) >= 9:
-            words = [a.strip() for a in arguments]
-            training = words[-4] == "True"
-            epsilon = _number(words[-2]) if epsilon is None else epsilon
-            momentum = momentum or _number(words[-3]) or None  # a cumulative average is traced as 0
-    return epsilon, momentum, training
-
-
-def _after(code: str, start: str) -> str:
-    at = code.find(start)
-    return code[at + len(start) : at + len(start) + 40].split("\n")[0] if at >= 0 else ""
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+IN_TRAINING = "was traced in training mode, so it uses the statistics of each batch; call eval() before torch.jit.trace"
+FOREIGN = "its class {} is none that bnport knows: what it passes to batch_norm is read, not what else it computes"
 
 
 def layers_of_script(checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
@@ -115,33 +89,50 @@ def _code_of(path: str, checkpoint: Checkpoint, known: dict[str, str]) -> str:
 def _layer(
     name: str, node: Node, code: str, checkpoint: Checkpoint, inplace_abn: bool | None, kernel: Kernel | None
 ) -> Layer:
-    epsilon, momentum, training = epsilon_in_code(code)
     state: dict[str, Any] = node.state
-    if training:
-        raise FormatError(
-            f"{checkpoint.where}: {printable(name)} was traced in training mode, so it uses the statistics of each batch;"
-            " call eval() before torch.jit.trace"
-        )
-    if isinstance(state.get("eps"), float):  # an attribute, in files of older versions
+    shown = f"{checkpoint.where}: {printable(name)}"
+    says = applied(code, shown)
+    if says.training:
+        raise FormatError(f"{shown} {IN_TRAINING}")
+    epsilon = says.number("eps", state)
+    if epsilon is None and isinstance(state.get("eps"), float):  # an attribute, in files of older versions
         epsilon = state["eps"]
-    notes = []
+    momentum = (
+        says.constants.get("momentum") or says.number("momentum", state) or None
+    )  # a cumulative one is traced as 0
+    own = {
+        last: tensor
+        for last, value in state.items()
+        if (tensor := checkpoint.tensor(value, f"{name}.{last}")) is not None
+    }
+    size = own["running_mean"].size if "running_mean" in own else 0
+    given = given_by(says.arguments, own, shown, bool(inplace_abn))
+    roles = roles_of(own, _parametrized(state), shown, size, given)
+    tensors = by_role(own, roles, name)
+    notes = list(roles.notes)
     if epsilon is None and code:
         notes.append("its code never applies it in a way that shows epsilon (a trace holds only what it called)")
-    counter = checkpoint.tensor(state.get("num_batches_tracked"), name)
-    tensors = {
-        n: checkpoint.tensor(state.get(n), f"{name}.{n}") for n in ("weight", "bias", "running_mean", "running_var")
-    }
+    if is_foreign(node.path):
+        words = node.path.removeprefix("__torch__.").split(".")
+        shown_class = ".".join(word for word in words if not word.startswith("___torch_mangle_"))
+        notes.append(FOREIGN.format(printable(shown_class)))
     return make_layer(
         name,
         tensors,
         checkpoint.where,
         epsilon=epsilon,
         momentum=momentum,
-        counter=counter,
+        counter=own.get("num_batches_tracked"),
         inplace_abn=bool(inplace_abn) and tensors["weight"] is not None,
         kernel=kernel,
         notes=notes,
     )
+
+
+def _parametrized(state: dict[str, Any]) -> list[str]:
+    holder = state.get("parametrizations")
+    children = holder.state if isinstance(holder, Node) and isinstance(holder.state, dict) else {}
+    return [f"parametrizations.{name}" for name, child in children.items() if isinstance(child, Node)]
 
 
 def _definitions(modules: list[tuple[str, Node]], plain: dict[str, str], checkpoint: Checkpoint) -> list[Definition]:

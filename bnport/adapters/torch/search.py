@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, Protocol
-from bnport.containers.pickle import Node
+from bnport.adapters.torch.layers import LAZY
+from bnport.containers.pickle import Global, Node
 from bnport.errors import FormatError, NotFound, Question, listed, printable
 
 if TYPE_CHECKING:
@@ -30,9 +31,37 @@ class Reader(Protocol):
     def tensor(self, value: Any, name: str) -> Tensor | None:
         """The tensor that a value is, or None."""
 
+    def is_lazy(self, value: Any) -> bool:
+        """Whether it is a parameter or buffer of a lazy layer that has seen no batch."""
+
+
+def is_lazy(value: Any) -> bool:
+    """Whether a pickled value is a parameter or buffer of a lazy layer that has seen no batch."""
+    for _ in range(5):
+        if isinstance(value, Global):
+            return "Uninitialized" in value.name
+        if not isinstance(value, Node):
+            return False
+        if "Uninitialized" in value.path:
+            return True
+        value = value.args[0] if value.args else None
+    return False
+
+
+def unwrapped(value: Any) -> Any:
+    """The pickled module that torch.compile wrapped; any other value as it is."""
+    for _ in range(4):
+        if not isinstance(value, Node) or value.state is not None or not value.args:
+            break
+        if value.path != "torch._dynamo.eval_frame.OptimizedModule":
+            break
+        value = value.args[0]
+    return value
+
 
 def state_of(value: Any) -> dict[str, Any] | None:
     """The __dict__ of a pickled nn.Module, or None if the value is none."""
+    value = unwrapped(value)
     if not isinstance(value, Node):
         return None
     state = value.state
@@ -93,7 +122,7 @@ def _is_statistic(name: str) -> bool:
 
 
 def _tensors(items: dict[Any, Any], reader: Reader) -> dict[str, Tensor]:
-    """The tensors of a state dict. A parameter of a BatchNorm that is there but is no known tensor is refused."""
+    """The tensors of a state dict. What lies in a BatchNorm but is no known tensor is refused."""
     tensors = {}
     for name, item in items.items():
         tensor = reader.tensor(item, name) if isinstance(name, str) else None
@@ -103,7 +132,9 @@ def _tensors(items: dict[Any, Any], reader: Reader) -> dict[str, Tensor]:
     for name, item in items.items():
         if isinstance(name, str) and name not in tensors and name.rpartition(".")[0] in norms:
             last = name.rpartition(".")[2]
-            if last in ("weight", "bias", "running_mean", "running_var") and type(item) not in _PLAIN:
+            if reader.is_lazy(item):
+                raise FormatError(f"{reader.where}: {printable(name.rpartition('.')[0]) or 'it'} {LAZY}")
+            if not last.startswith(("_", "num_batches_tracked")) and type(item) not in _PLAIN:
                 raise FormatError(
                     f"{reader.where}: {printable(name)!r} is no kind of tensor that is understood ({item!r:.80})"
                 )
@@ -116,9 +147,14 @@ def chosen(found: list[Found], key: str | None, where: str) -> tuple[Found | Non
     Raises Question if there are several and no key, NotFound if the key names none of them.
     """
     if key is not None:
-        for candidate in found:
-            if candidate.path == key:
-                return candidate, []
+        named = [candidate for candidate in found if candidate.path == key]
+        if len(named) > 1:
+            raise Question(
+                f"{where}: {len(named)} models are at {printable(key)!r}, because a key with a dot reads like a key within a"
+                " key; load the checkpoint and give bnport the one that is meant: bnport.read(torch.load(...)[...])"
+            )
+        if named:
+            return named[0], []
         paths = [f.path or "the top level" for f in found]
         have = f"BatchNorm is under {listed(paths)}" if paths else "there is no BatchNorm anywhere in it"
         raise NotFound(f"{where}: no BatchNorm under key {printable(key)!r}; {have}")

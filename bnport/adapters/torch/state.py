@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.parameters import by_role, roles_of
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def layers_of_state(
     """The BatchNorm layers of a state dict in its own order, and notes about the whole.
 
     A prefix is a BatchNorm if it has both running_mean and running_var; weight and bias alone could be a LayerNorm, a
-    GroupNorm or a linear layer. `versions`: the `_metadata` of torch, prefix -> module version. `given_epsilon`: what to
+    GroupNorm or a linear layer. Which of the tensors under it are gamma and beta: see parameters.py.
+    `versions`: the `_metadata` of torch, prefix -> module version. `given_epsilon`: what to
     assume instead of torch's default.
     """
     plain, notes = plain_names(list(tensors))
@@ -61,10 +63,14 @@ def layers_of_state(
         )
     prefixes = _prefixes(tensors, where)
     kernels = feeding(_definitions(tensors, prefixes, plain))
+    own, below = grouped(tensors, prefixes)
     layers = []
     for prefix in prefixes:
         name = plain[prefix + "running_mean"].removesuffix("running_mean").removesuffix(".") or ROOT
-        layers.append(_layer(prefix, name, tensors, versions, where, inplace_abn, kernels.get(name), given_epsilon))
+        version = versions.get(prefix.removesuffix("."))
+        layers.append(
+            _layer(name, own[prefix], below[prefix], version, where, inplace_abn, kernels.get(name), given_epsilon)
+        )
     if len({layer.name for layer in layers}) != len(layers):
         raise FormatError(f"{where}: two BatchNorm layers have one name once wrappers are left out")
     return layers, notes
@@ -83,32 +89,48 @@ def _prefixes(tensors: Mapping[str, Tensor], where: str) -> list[str]:
     return list(prefixes)
 
 
+def grouped(
+    tensors: Mapping[str, Tensor], prefixes: list[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
+    """prefix -> the tensors directly under it by their last name, and the names of those further below.
+
+    What another BatchNorm holds is its own. Of a BatchNorm that is the whole model, or its root, only parametrizations are
+    given as below: the rest is the model.
+    """
+    own: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    below: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    for name, tensor in tensors.items():
+        end = name.rfind(".") + 1
+        if name[:end] in own:
+            own[name[:end]][name[end:]] = tensor
+            continue
+        while end:
+            end = name.rfind(".", 0, end - 1) + 1
+            if name[:end] in own:
+                if end or name.startswith("parametrizations."):
+                    below[name[:end]].append(name[end:])
+                break
+    return own, below
+
+
 def _layer(
-    prefix: str,
     name: str,
-    tensors: Mapping[str, Tensor],
-    versions: Mapping[str, int],
+    own: Mapping[str, Tensor],
+    below: list[str],
+    version: int | None,
     where: str,
     inplace_abn: bool | None,
     kernel: Kernel | None,
     given_epsilon: float | None,
 ) -> Layer:
-    def get(last: str) -> Tensor | None:
-        return tensors.get(prefix + last)
-
-    weight, bias = get("weight"), get("bias")
-    notes: list[str] = []
-    if get("gamma") is not None and get("beta") is not None:  # torch.nn.intrinsic.qat.ConvBn2d before version 2
-        weight, bias = get("gamma"), get("beta")
-        own = get("weight")
-        if own is not None and len(own.shape) > 1:
-            kernel = kernel_of(name, own)
-        notes.append("BatchNorm of a quantisation-aware ConvBn, stored under gamma and beta")
-    if get("scale") is not None and get("zero_point") is not None:
-        notes.append("a quantised BatchNorm: its output is rounded to 8 bits, which is not part of the record")
+    roles = roles_of(own, below, f"{where}: {printable(name)}", own["running_mean"].size)
+    tensors = by_role(own, roles, name)
+    notes = list(roles.notes)
+    if roles.weight == ("gamma",) and "weight" in own:
+        kernel = kernel_of(name, own["weight"])
     epsilon = given_epsilon
-    counter = get("num_batches_tracked")
-    if epsilon is None and counter is None and versions.get(prefix.removesuffix(".")) == 2:
+    counter = own.get("num_batches_tracked")
+    if epsilon is None and counter is None and version == 2:
         # detectron2's FrozenBatchNorm2d of version 2 added epsilon to running_var when it was saved; a BatchNorm2d of
         # version 2 always has num_batches_tracked, unless somebody removed it
         epsilon = 0.0
@@ -118,11 +140,11 @@ def _layer(
         )
     layer = make_layer(
         name,
-        {"weight": weight, "bias": bias, "running_mean": get("running_mean"), "running_var": get("running_var")},
+        tensors,
         where,
         epsilon=epsilon,
         counter=counter,
-        inplace_abn=bool(inplace_abn) and weight is not None,
+        inplace_abn=bool(inplace_abn) and tensors["weight"] is not None,
         kernel=kernel,
         notes=notes,
     )

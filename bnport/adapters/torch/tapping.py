@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.adapters.torch.live import _norms
+from bnport.adapters.torch.live import norms_of
 from bnport.adapters.torch.state import ROOT, plain_names
 from bnport.errors import InvalidValue, printable
 
@@ -44,7 +44,7 @@ def tap(model: Any, x: Array, each: Callable[[str, Array, Array, str], None]) ->
 
     try:
         model.eval()
-        for name, module in _norms(model):
+        for name, module in norms_of(model):
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(name))]
         with torch.no_grad():
             return _flat(model(_input(model, x)))

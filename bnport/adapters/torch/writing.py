@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from bnport._lazy import np
 from bnport.adapters.torch.layers import FIELD_OF
+from bnport.adapters.torch.parameters import Product
 from bnport.adapters.torch.tensors import PlacedTensor
 from bnport.containers.files import ReadFile
 from bnport.containers.patch import Patch, copy_patched, crc_patches
@@ -70,10 +71,19 @@ def _encoded(layers: Layers, changes: Mapping[str, Change]) -> Iterator[tuple[st
                     else "the file holds none for this layer"
                 )
                 raise InvalidValue(f"{shown} cannot be written: {why}")
+            if isinstance(tensor, Product):
+                raise InvalidValue(
+                    f"{shown} cannot be written: the layer is pruned, it is {' * '.join(_last(p) for p in tensor.parts)};"
+                    " call torch.nn.utils.prune.remove on the live layer and save it first"
+                )
             array = getattr(change.record, field)
             if array.shape != tensor.shape:
                 raise InvalidValue(f"{shown}: {tensor.size} channels in the layer, {array.size} given")
             yield shown, tensor, _bytes_of(array, tensor.dtype, shown)
+
+
+def _last(part: Tensor) -> str:
+    return printable(part.name.rpartition(".")[2])
 
 
 def _bytes_of(array: Array, dtype: str, shown: str) -> bytes:
@@ -92,12 +102,15 @@ def _bytes_of(array: Array, dtype: str, shown: str) -> bytes:
 def _refuse_shared(layers: Layers, changes: Mapping[str, Change], patches: Mapping[str, Mapping[int, Patch]]) -> None:
     """No number of another BatchNorm layer may change along, as it would where two tensors share memory."""
     for name, layer in layers.items():
-        for field, tensor in (layer.tensors or {}).items():
-            if not isinstance(tensor, PlacedTensor) or (name in changes and field in changes[name].fields):
+        for field, whole in (layer.tensors or {}).items():
+            if name in changes and field in changes[name].fields:
                 continue
-            member, start = tensor.place()
-            for offset, patch in patches.get(member, {}).items():
-                if offset < start + tensor.nbytes and start < offset + len(patch.data):
-                    raise InvalidValue(
-                        f"{layers.source}: {printable(name)}: {field} shares its memory with numbers that are to change"
-                    )
+            for tensor in whole.parts if isinstance(whole, Product) else (whole,):
+                if not isinstance(tensor, PlacedTensor):
+                    continue
+                member, start = tensor.place()
+                for offset, patch in patches.get(member, {}).items():
+                    if offset < start + tensor.nbytes and start < offset + len(patch.data):
+                        raise InvalidValue(
+                            f"{layers.source}: {printable(name)}: {field} shares its memory with numbers that are to change"
+                        )

@@ -1,0 +1,123 @@
+"""Scale and shift that are not called weight and bias, or are computed: read as torch computes them, or refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from bnport import adapters, convert, set_weights, verify
+from bnport.errors import BnportError, FormatError, InvalidValue, Question
+from tests.adapters.contract import telling_record
+from tests.adapters.torch_models import norm_of, output
+
+RECORD = telling_record(6, epsilon=2.5e-3)
+X = torch.zeros(2, 6, 3, 3)
+
+
+def norm(kind=torch.nn.BatchNorm2d):
+    return norm_of(RECORD, kind=kind).eval()
+
+
+def forms(model, tmp_path):
+    for name, save in (
+        ("sd", lambda p: torch.save(model.state_dict(), p)),
+        ("module", lambda p: torch.save(model, p)),
+        ("traced", lambda p: torch.jit.trace(model, X).save(p)),
+        ("pt2", lambda p: torch.export.save(torch.export.export(model, (X,)), p)),
+    ):
+        path = str(tmp_path / f"{name}.pt2")
+        save(path)
+        yield path
+
+
+def test_a_pruned_layer_is_read_as_torch_computes_it_in_every_form(tmp_path):
+    layer = norm()
+    prune.l1_unstructured(layer, "weight", 0.5)
+    prune.l1_unstructured(layer, "bias", 0.3)
+    model = torch.nn.Sequential(layer).eval()
+    model(X)
+    for source in (*forms(model, tmp_path), model, model.state_dict()):
+        record = adapters.read(source)["0"].record
+        assert record.gamma.tobytes() == layer.weight.detach().numpy().tobytes()
+        assert record.beta.tobytes() == layer.bias.detach().numpy().tobytes()
+    with pytest.raises(InvalidValue, match=r"prune\.remove"):
+        set_weights(model, gamma=np.ones(6))
+
+
+def test_a_normed_weight_is_refused_in_files_and_read_live(tmp_path):
+    for wrap, remedy in (
+        (parametrizations.weight_norm, "remove_parametrizations"),
+        (lambda m: weight_norm(m, "weight", dim=None), "remove_weight_norm"),
+    ):
+        model = torch.nn.Sequential(wrap(norm())).eval()
+        assert (adapters.read(model)["0"].record.gamma == model[0].weight.detach().numpy()).all()
+        path = str(tmp_path / "x.pth")
+        torch.save(model.state_dict(), path)
+        with pytest.raises(FormatError, match=remedy):
+            adapters.read(path)
+        with pytest.raises(InvalidValue, match=remedy):
+            set_weights(model, gamma=np.ones(6))
+
+
+def test_a_tensor_of_unknown_role_is_refused_by_name():
+    state = torch.nn.Sequential(norm()).state_dict()
+    state["0.shift"] = torch.ones(6)
+    with pytest.raises(FormatError, match="holds shift"):
+        adapters.read(state)
+
+
+class OnePlus(torch.nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, 1 + self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
+def test_an_own_forward_is_noted_run_by_convert_and_refused_where_code_shows_it(tmp_path):
+    model = torch.nn.Sequential(norm(OnePlus)).eval()
+    assert any("own forward()" in note for note in adapters.read(model)["0"].notes)
+    assert not any("own forward()" in note for note in adapters.read(torch.nn.Sequential(norm()))["0"].notes)
+    assert not convert(model, torch.nn.Sequential(torch.nn.BatchNorm2d(6)).eval()).ok
+    paths = list(forms(model, tmp_path))
+    assert any("is none that bnport knows" in note for note in adapters.read(paths[1])["0"].notes)
+    for path in paths[2:]:
+        with pytest.raises(FormatError, match="weight"):
+            adapters.read(path)
+
+
+def test_a_compiled_module_is_read(tmp_path):
+    path = str(tmp_path / "c.pth")
+    torch.save(torch.compile(torch.nn.Sequential(norm())), path)
+    assert adapters.read(path)["0"].record == RECORD
+
+
+def test_traced_scripted_and_exported_live_modules_are_right_or_say_what_was_not_run():
+    twin = torch.nn.Sequential(norm()).eval()
+    new = torch.nn.Sequential(norm_of(telling_record(6, seed=5, epsilon=1e-4), kind=torch.nn.BatchNorm2d)).eval()
+    for form in (
+        lambda model: torch.jit.trace(model, X),
+        torch.jit.script,
+        lambda model: torch.export.export(model, (X,)).module(),
+    ):
+        other = form(torch.nn.Sequential(norm()).eval())
+        report = verify(other, twin, run=True)
+        assert report.ok
+        assert adapters.read(other)["0"].epsilon == RECORD.epsilon
+        assert convert(new, other).ok
+        x = np.random.default_rng(1).normal(size=(2, 6, 3, 3)).astype(np.float32)
+        np.testing.assert_allclose(output(other, x), output(new, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_lazy_state_dict_and_an_ambiguous_key_are_refused_well(tmp_path):
+    lazy = torch.nn.Sequential(torch.nn.LazyBatchNorm2d()).state_dict()
+    path = str(tmp_path / "x.pth")
+    torch.save(lazy, path)
+    for source in (lazy, path):
+        with pytest.raises(BnportError, match="has not seen a batch"):
+            adapters.read(source)
+    state = torch.nn.Sequential(norm()).state_dict()
+    torch.save({"x.y": state, "x": {"y": dict(state)}}, path)
+    with pytest.raises(Question, match="key within a"):
+        adapters.read(path, key="x.y")
