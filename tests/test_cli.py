@@ -222,3 +222,25 @@ def test_damaged_files_are_one_line_each(tmp_path, capsys):
             error = capsys.readouterr().err
             assert error.count("\n") == 1
             assert str(path) in error
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["convert", PTH, TWIN, "-o", "out.keras"], 0),
+        (["convert", PTH, TWIN, "--dry-run", "--json"], 0),
+        (["verify", PTH, TWIN], 1),
+        (["show", TWIN], 0),
+        (["show", TWIN.replace(".keras", ".h5")], 0),
+        (["show", PTH, "--no-values"], 0),
+        (["show", "nix.pth"], 2),
+    ],
+)
+def test_a_command_as_a_process_ends_with_its_exit_code(words, code, tmp_path):
+    """The interpreter's own end belongs to the command: libraries that are torn down in another order can crash there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bnport", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

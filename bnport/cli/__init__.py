@@ -100,6 +100,4 @@ def entry() -> None:
     if not any(word in ("calibrate", "stats", "trace") for word in sys.argv[1:2]):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a framework's start-up chatter is not our output
-    code = main()
-    gc.freeze()  # the interpreter, before it ends, would look at every object that there is once more
-    sys.exit(code)
+    sys.exit(main())
