@@ -118,3 +118,16 @@ def test_a_digest_is_sha256_and_stops_when_nobody_wants_it_any_more(tmp_path):
     assert not thread.is_alive()
     with pytest.raises(FileNotFoundError):
         Digest(str(tmp_path / "nix")).result()
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.h5", "out.weights.h5", "OUT.ONNX", "out.safetensors"])
+def test_an_output_named_as_another_kind_of_file_is_refused(tmp_path, name, capsys):
+    assert main(["convert", PTH, TWIN, "-o", str(tmp_path / name)]) == 2
+    assert "let its name end in .keras" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("target", "name"), [(TWIN, "out.new"), (TWIN, "out"), (TWIN, "OUT.KERAS"), (PTH, "out.pt")])
+def test_an_output_of_the_same_kind_or_of_no_known_one_is_written(tmp_path, target, name):
+    assert main(["convert", PTH, target, "-o", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).exists()

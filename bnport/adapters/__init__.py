@@ -11,7 +11,7 @@ import gc
 import os
 
 from bnport._lazy import TYPE_CHECKING, Protocol
-from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
+from bnport.errors import FormatError, InvalidValue, NotFound, OutputError, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,6 +113,31 @@ def _of_file(path: str) -> Adapter:
     if os.path.exists(os.path.join(path, "saved_model.pb")):
         what = "a folder, a TensorFlow SavedModel: load it and save the model as .keras"
     raise FormatError(f"{printable(path)}: not a model file that bnport reads ({what}); it reads {', '.join(known)}")
+
+
+_TWO_PARTS = (".weights.h5", ".caffemodel.h5", ".weights.json")
+_ALIKE = ({".pth", ".pt", ".bin", ".ckpt", ".tar", ".jit"}, {".h5", ".hdf5"})  # told apart by their contents
+
+
+def check_suffix(out: str, target: str) -> None:
+    """Refuse an output named as another kind of file than the target, of which it is a copy: nothing would open it.
+
+    A suffix that no format has is the user's own business, on either side. Raises OutputError.
+    """
+    kind, wanted = _suffix(out), _suffix(target)
+    if kind == wanted or any({kind, wanted} <= group for group in _ALIKE):
+        return
+    known = {*_TWO_PARTS, *(suffix for name in names() for suffix in load(name).SUFFIXES)}
+    if kind in known and wanted in known:
+        raise OutputError(
+            f"{printable(out)}: will be a {wanted} file, as {printable(target)} is, and what opens a {kind} file does not"
+            f" open that; let its name end in {wanted}"
+        )
+
+
+def _suffix(path: str) -> str:
+    name = os.path.basename(path).lower()
+    return next((two for two in _TWO_PARTS if name.endswith(two)), os.path.splitext(name)[1])
 
 
 def _refuse_half_changed(head: bytes, path: str) -> None:
