@@ -29,6 +29,8 @@ class Kernel(NamedTuple):
     name:   of the layer or tensor in the source.
     values: reads the weights, transposed to `shape`; called only when somebody compares contents. None: not readable.
     before: spatial shape of the depthwise kernel whose output it takes directly (a separable convolution), if known.
+    guessed: whether it is known to feed the layer only because it is defined before it, not from a graph.
+    refuted: of a guess: whether other shapes in the source show that it does not call things in the order of definition.
     """
 
     kind: str
@@ -36,6 +38,8 @@ class Kernel(NamedTuple):
     name: str
     values: Callable[[], Array] | None = None
     before: tuple[int, ...] | None = None
+    guessed: bool = False
+    refuted: bool = False
 
 
 class Layer:

@@ -141,7 +141,8 @@ def _described(layer: Layer, held: Mapping[str, bytes]) -> dict[str, object]:
     if layer.assumed:
         entry["assumed"] = sorted(layer.assumed)
     if layer.kernel is not None:
-        entry["kernel"] = [layer.kernel.kind, list(layer.kernel.shape), layer.kernel.name]
+        guess = ["refuted"] if layer.kernel.refuted else ["guessed"] if layer.kernel.guessed else []
+        entry["kernel"] = [layer.kernel.kind, list(layer.kernel.shape), layer.kernel.name, *guess]
     if layer.inputs is not None:
         entry["inputs"] = list(layer.inputs)
     if layer.notes:
@@ -224,11 +225,11 @@ def _layer(shown: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
 def _kernel(where: str, entry: Any) -> Kernel | None:
     if entry is None:
         return None
-    if isinstance(entry, list) and len(entry) == 3:
-        kind, shape, name = entry
+    if isinstance(entry, list) and (len(entry) == 3 or (len(entry) == 4 and entry[3] in ("guessed", "refuted"))):
+        kind, shape, name, *guess = entry
         plain = isinstance(kind, str) and isinstance(name, str) and isinstance(shape, list)
         if plain and all(type(side) is int for side in shape):
-            return Kernel(kind, tuple(shape), name)
+            return Kernel(kind, tuple(shape), name, guessed=bool(guess), refuted=guess == ["refuted"])
     raise FormatError(f"{where}: kernel should be a kind, a shape and a name")
 
 

@@ -60,13 +60,14 @@ def match(
         _force(forced, mismatched, sources, targets, t, s, reason)
     used = {s for s, _ in mapped.values()}
     free_s, free_t = [s for s in kept_s if s not in used], [t for t in kept_t if t not in mapped]
-    for t, s in names.equal(sources, free_s, targets, free_t).items():
+    equal, rivals = names.equal(sources, free_s, targets, free_t)
+    for t, s in equal.items():
         _force(forced, mismatched, sources, targets, t, s, "equal names" if s == t else "equal names under a prefix")
     bad_s, bad_t = {m.source for m in mismatched}, {m.target for m in mismatched}
     source = engine.Side(sources, [s for s in kept_s if s not in bad_s])
     target = engine.Side(targets, [t for t in kept_t if t not in bad_t])
     state = engine.align(source, target, forced, firm=set(mapped))
-    ambiguous, missing, unexpected = engine.undecided(state)
+    ambiguous, missing, unexpected = engine.undecided(state, rivals)
     return Match(
         pairs={t: source.names[state.back[i]] for i, t in enumerate(target.names) if i in state.back},
         evidence={t: (*state.why[i], *facts(state, i)) for i, t in enumerate(target.names) if i in state.back},
@@ -74,6 +75,7 @@ def match(
         unexpected=unexpected,
         mismatched=mismatched,
         ambiguous=ambiguous,
+        prefixes=list(rivals),
         left_sources=left_s,
         left_targets=left_t,
         source=getattr(sources, "source", "the source"),

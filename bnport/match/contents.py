@@ -16,15 +16,17 @@ PROBES = 2  # shapes whose kernels are compared to find out whether the target's
 def pairs(state: Alignment) -> dict[int, int]:
     """source -> target for every kernel that is found exactly once on each side; empty if none was ported.
 
-    Only the kernels of the least shapes are read first; the others only if one of those is equal. Kernels of a single
-    value (an initialiser of zeros or ones) tell nothing.
+    A kernel that is only guessed to feed its layer does not count where guesses do not: which kernel it is would be
+    certain, but not whose. Only the kernels of the least shapes are read first; the others only if one of those is
+    equal. Kernels of a single value (an initialiser of zeros or ones) tell nothing.
     """
     sides = state.source.layers, state.target.layers
     by_shape: dict[object, tuple[list[int], list[int]]] = {}
     for at, layers in enumerate(sides):
         for node, layer in enumerate(layers):
-            if layer.kernel is not None and layer.kernel.values is not None:
-                by_shape.setdefault(layer.kernel.shape, ([], []))[at].append(node)
+            kernel = state.kernel(layer)
+            if kernel is not None and kernel.values is not None:
+                by_shape.setdefault(kernel.shape, ([], []))[at].append(node)
     cost = sorted((_size(sides[0][s[0]]) * (len(s) + len(t)), s, t) for s, t in by_shape.values() if s and t)
     seen: list[dict[int, bytes | None]] = [{}, {}]
     for _, s, t in cost[:PROBES]:
@@ -35,8 +37,8 @@ def pairs(state: Alignment) -> dict[int, int]:
         return {}
     found: list[dict[bytes, list[int]]] = [{}, {}]
     for at, layers in enumerate(sides):
-        for node in range(len(layers)):
-            digest = _digest(layers, node, seen[at])
+        for node, layer in enumerate(layers):
+            digest = _digest(layers, node, seen[at]) if state.kernel(layer) is not None else None
             if digest is not None:
                 found[at].setdefault(digest, []).append(node)
     return {

@@ -8,9 +8,11 @@ order that agrees everywhere else. Two such witnesses that contradict each other
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from bnport.match import contents, names, ties
+from bnport.errors import listed, printable
+from bnport.match import contents, guesses, names, ties
 from bnport.match import graph as graphs
 from bnport.match.result import Ambiguity
 
@@ -64,8 +66,18 @@ def kernel_key(kernel: Kernel | None) -> tuple[object, ...] | None:
 class Alignment:
     """The state of one alignment. `pairs` is source -> target by number; `why` holds the words for each target."""
 
-    def __init__(self, source: Side, target: Side, forced: Mapping[int, tuple[int, str]]) -> None:
+    def __init__(
+        self,
+        source: Side,
+        target: Side,
+        forced: Mapping[int, tuple[int, str]],
+        *,
+        guesses: bool = True,
+        ordered: bool = True,
+    ) -> None:
         self.source, self.target = source, target
+        self.guesses = guesses  # whether guessed kernels count
+        self.ordered = ordered  # whether the order of definition may be that of execution
         self.pairs: dict[int, int] = {}
         self.back: dict[int, int] = {}
         self.why: dict[int, list[str]] = {}
@@ -87,18 +99,28 @@ class Alignment:
         """The pairs (source, target) that did not need a tie-break, in the order of the sources."""
         return [(s, t) for s, t in sorted(self.pairs.items()) if t not in self.soft]
 
+    def kernel(self, layer: Layer) -> Kernel | None:
+        """The kernel that feeds a layer as far as it counts as evidence."""
+        return layer.kernel if self.guesses or layer.kernel is None or not layer.kernel.guessed else None
+
     def _labels(self) -> tuple[list[Hashable], list[Hashable]]:
         """What two layers must share to be candidates: channels, and the kernel where both sides know it alike.
 
         For the layers of one channel count the kernel counts if no kernel is unknown there, or as many on both sides.
+        Where one is guessed, it counts if both sides have the same kernels, each equally often.
         """
-        sides = [[(layer.channels, kernel_key(layer.kernel)) for layer in side.layers] for side in self._sides()]
-        unknown: dict[int, list[int]] = {}
+        sides = [[(layer.channels, kernel_key(self.kernel(layer))) for layer in side.layers] for side in self._sides()]
+        keys: dict[int, tuple[Counter[object], Counter[object]]] = {}
         for at, side in enumerate(sides):
             for channels, key in side:
-                unknown.setdefault(channels, [0, 0])[at] += key is None
-        plain = [[(c, key if unknown[c][0] == unknown[c][1] else "any") for c, key in side] for side in sides]
-        before = [[layer.kernel.before if layer.kernel else None for layer in side.layers] for side in self._sides()]
+                keys.setdefault(channels, (Counter(), Counter()))[at][key] += 1
+        guessed = {
+            layer.channels for side in self._sides() for layer in side.layers if layer.kernel and layer.kernel.guessed
+        }
+        counts = {c: s == t if c in guessed else s[None] == t[None] for c, (s, t) in keys.items()}
+        plain = [[(c, key if counts[c] else "any") for c, key in side] for side in sides]
+        fed = [[self.kernel(layer) for layer in side.layers] for side in self._sides()]
+        before = [[kernel.before if kernel else None for kernel in side] for side in fed]
         seen: list[dict[Hashable, list[str]]] = [{}, {}]
         for at, labels in enumerate(plain):
             for label, extents in zip(labels, before[at], strict=True):
@@ -293,26 +315,47 @@ def describe(label: Hashable) -> str:
 
 
 def align(source: Side, target: Side, forced: Mapping[str, tuple[str, str]], firm: set[str]) -> Alignment:
-    """All that evidence decides. `forced` (target -> source, reason) is taken as given; `firm` even against contents."""
+    """All that evidence decides. `forced` (target -> source, reason) is taken as given; `firm` even against contents.
+
+    Guessed kernels count until a pair that they led to contradicts where the guess came from.
+    """
     given = {target.index[t]: (source.index[s], why) for t, (s, why) in forced.items()}
-    state = Alignment(source, target, given)
-    state.run()
-    by_contents = contents.pairs(state)
-    if by_contents:
-        kept = {t: v for t, v in given.items() if target.names[t] in firm}
-        taken = {s for s, _ in kept.values()}
-        kept |= {t: (s, "equal kernels") for s, t in by_contents.items() if t not in kept and s not in taken}
-        taken = {s for s, _ in kept.values()}
-        kept |= {t: v for t, v in given.items() if t not in kept and v[0] not in taken}
-        state = Alignment(source, target, kept)
-        state.run()
+    held = {t: pair for t, pair in given.items() if target.names[t] in firm}
+    ordered = not guesses.refuted(source.layers) and not guesses.refuted(target.layers)
+    trusted = ordered and guesses.shown(source.layers) and guesses.shown(target.layers)
+    state = _aligned(source, target, given, held, guesses=trusted, ordered=ordered)
+    if trusted and guesses.contradicted(state):
+        state = _aligned(source, target, given, held, guesses=False, ordered=False)
     for part in state.parts():
         ties.same_numbers(state, part)
     return state
 
 
-def undecided(state: Alignment) -> tuple[list[Ambiguity], list[str], list[str]]:
-    """(ambiguous, missing, unexpected) of what is left."""
+def _aligned(
+    source: Side,
+    target: Side,
+    given: Mapping[int, tuple[int, str]],
+    held: Mapping[int, tuple[int, str]],
+    *,
+    guesses: bool,
+    ordered: bool,
+) -> Alignment:
+    state = Alignment(source, target, given, guesses=guesses, ordered=ordered)
+    state.run()
+    by_contents = contents.pairs(state)
+    if by_contents:
+        kept = dict(held)
+        taken = {s for s, _ in kept.values()}
+        kept |= {t: (s, "equal kernels") for s, t in by_contents.items() if t not in kept and s not in taken}
+        taken = {s for s, _ in kept.values()}
+        kept |= {t: v for t, v in given.items() if t not in kept and v[0] not in taken}
+        state = Alignment(source, target, kept, guesses=guesses, ordered=ordered)
+        state.run()
+    return state
+
+
+def undecided(state: Alignment, rivals: Mapping[str, Sequence[str]]) -> tuple[list[Ambiguity], list[str], list[str]]:
+    """(ambiguous, missing, unexpected) of what is left. `rivals`: prefixes under which names fit equally well."""
     ambiguous, missing, unexpected = [], [], []
     for group in state.groups():
         for part in state._by_rank(group) if state._even(group) else [group]:
@@ -322,6 +365,9 @@ def undecided(state: Alignment) -> tuple[list[Ambiguity], list[str], list[str]]:
                 unexpected += s
                 continue
             why = next((state.conflicts[i] for i in part.targets if i in state.conflicts), None)
+            fitting = [prefix for prefix in rivals if any(n.startswith(prefix) for n in (*s, *t))]
+            if why is None and len(fitting) > 1:
+                why = f"the names fit under {listed([repr(printable(p)) for p in fitting])}"
             if why is None and len(s) != len(t):
                 why = f"{describe(part.label)}: {len(s)} in the source, {len(t)} in the target"
             ambiguous.append(Ambiguity(tuple(t), tuple(s), why or f"each is a {describe(part.label)}"))

@@ -16,7 +16,7 @@ def facts(state: Alignment, t: int) -> list[str]:
 
     s = state.back[t]
     out = []
-    source, target = state.source.layers[s].kernel, state.target.layers[t].kernel
+    source, target = state.kernel(state.source.layers[s]), state.kernel(state.target.layers[t])
     if source is not None and target is not None:
         ours, theirs = ("x".join(map(str, k.shape)) for k in (source, target))
         alike = kernel_key(source) == kernel_key(target)

@@ -145,47 +145,64 @@ def fits(name: Sequence[Token], key: Sequence[Token]) -> bool:
 
 def equal(
     sources: Mapping[str, Layer], free_s: Sequence[str], targets: Mapping[str, Layer], free_t: Sequence[str]
-) -> dict[str, str]:
-    """target -> source for layers of one name, also if one side puts a prefix before all its names.
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """(target -> source for layers of one name, also if one side puts a prefix before all its names; rivals).
 
-    Empty if less than half of the smaller side's names have an equal (a `bn1` on both sides may be chance), or if most of
+    None if less than half of the smaller side's names have an equal (a `bn1` on both sides may be chance), or if most of
     the layers that share a name do not fit each other. Automatic names (`batch_normalization_7`) count
     only if every one of them has its equal and they all fit: they say in which order layers were made, not what for.
+    rivals: where names fit under several prefixes (`student.bn` and `teacher.bn` to `bn`) and none of them stands out,
+    each prefix with the names of the targets that it would have given.
     """
-    common = _same(free_s, free_t)
+    common, rivals = _same(sources, free_s, targets, free_t)
     if 2 * len(common) < min(len(free_s), len(free_t)) or not common:
-        return {}
+        return {}, rivals
     automatic = {t for t in common if re.fullmatch(r"(?:.*/)?batch_?norm(?:alization)?\w*?(?:_?\d+)?", t.lower())}
     fit = sum(_fit(sources[s], targets[t], kernels=t in automatic) for t, s in common.items())
     if 2 * fit <= len(common):
-        return {}
+        return {}, rivals
     if len(automatic) * 2 > len(common) and (fit < len(common) or len(common) < max(len(free_s), len(free_t))):
-        return {}
+        return {}, rivals
     if len(automatic) * 2 > len(common) and not _same_graph(sources, targets, common):
-        return {}
-    return common
+        return {}, rivals
+    return common, rivals
 
 
-def _same(sources: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
-    known = set(sources)
-    common = {t: t for t in targets if t in known}
+def _same(
+    sources: Mapping[str, Layer], free_s: Sequence[str], targets: Mapping[str, Layer], free_t: Sequence[str]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """(target -> source for equal names, also under one prefix of one side; the prefixes if several fit as well)."""
+    known = set(free_s)
+    common = {t: t for t in free_t if t in known}
     if common:
-        return common
-    for longer, shorter in ((sources, targets), (targets, sources)):
+        return common, {}
+    found: dict[str, dict[str, str]] = {}  # prefix -> target -> source
+    for longer, shorter in ((free_s, free_t), (free_t, free_s)):
         short = set(shorter)
         for name in longer:
             for at in re.finditer(r"[./]", name):
-                prefix = name[: at.end()]
-                if name[at.end() :] in short:
-                    found = {n: n[len(prefix) :] for n in longer if n.startswith(prefix) and n[len(prefix) :] in short}
-                    return {v: k for k, v in found.items()} if longer is sources else found
-    return {}
+                rest = name[at.end() :]
+                if rest in short:
+                    t, s = (rest, name) if longer is free_s else (name, rest)
+                    found.setdefault(name[: at.end()], {})[t] = s
+        if found:
+            break
+    whole = [
+        pairs
+        for pairs in found.values()
+        if len(pairs) == len(short) and all(_fit(sources[s], targets[t], kernels=True) for t, s in pairs.items())
+    ]
+    if len(found) == 1 or len(whole) == 1:
+        return (whole or list(found.values()))[0], {}
+    return {}, {prefix: list(pairs) for prefix, pairs in found.items()}
 
 
 def _fit(source: Layer, target: Layer, *, kernels: bool) -> bool:
     if source.channels != target.channels:
         return False
-    return not kernels or source.kernel is None or target.kernel is None or source.kernel.shape == target.kernel.shape
+    if not kernels or source.kernel is None or target.kernel is None or source.kernel.guessed or target.kernel.guessed:
+        return True
+    return source.kernel.shape == target.kernel.shape
 
 
 def _same_graph(sources: Mapping[str, Layer], targets: Mapping[str, Layer], common: Mapping[str, str]) -> bool:

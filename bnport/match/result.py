@@ -36,11 +36,12 @@ class Match:
     mismatched:   pairs asked for by name or map whose channel counts differ.
     ambiguous:    groups of candidates between which nothing decides; never picked from.
     evidence:     target name -> in words, what decided its pair, then what else speaks for or against it.
+    prefixes:     what one could say --only-under for, where names fit under several of them and nothing decides.
     left_targets, left_sources: layers left out because the user said so (skip, only_under).
     """
 
     __slots__ = (
-        "ambiguous", "evidence", "left_sources", "left_targets", "mismatched", "missing", "pairs", "source",
+        "ambiguous", "evidence", "left_sources", "left_targets", "mismatched", "missing", "pairs", "prefixes", "source",
         "source_notes", "target", "unexpected",
     )  # fmt: skip
 
@@ -52,6 +53,7 @@ class Match:
         unexpected: Iterable[str] = (),
         mismatched: Iterable[Mismatch] = (),
         ambiguous: Iterable[Ambiguity] = (),
+        prefixes: Iterable[str] = (),
         evidence: Mapping[str, tuple[str, ...]] | None = None,
         left_targets: Iterable[str] = (),
         left_sources: Iterable[str] = (),
@@ -64,6 +66,7 @@ class Match:
         self.unexpected = tuple(unexpected)
         self.mismatched = tuple(mismatched)
         self.ambiguous = tuple(ambiguous)
+        self.prefixes = tuple(prefixes)
         self.evidence = dict(evidence or {})
         self.left_targets = tuple(left_targets)
         self.left_sources = tuple(left_sources)
@@ -123,7 +126,11 @@ class Match:
         if not self.complete or self.mismatched:
             one = [*self.missing, *self.unexpected, *(m.target for m in self.mismatched)][0]
             advice.append(f"leave layers out with --skip (for example --skip '{printable(one)}')")
-        if not self.complete:
+        if self.prefixes and (self.ambiguous or not self.complete):
+            advice.append(
+                f"pair one part of a bigger model with --only-under (for example {printable(self.prefixes[0])!r})"
+            )
+        elif not self.complete:
             advice.append("pair one part of a bigger model with --only-under PREFIX")
         text = ", or ".join(advice)
         return f"{text[:1].upper()}{text[1:]}."

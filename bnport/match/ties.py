@@ -73,16 +73,36 @@ def learnt(state: Alignment, group: Group) -> Proposal | None:
 
 
 def shared_words(state: Alignment, group: Group) -> Proposal | None:
-    """Words of the same meaning that exactly one candidate has on either side."""
+    """Words of the same meaning that exactly one candidate has on either side.
+
+    Not if a word that one layer of each side has is known to mislead: those two have other channels or other partners.
+    """
+    if _words_mislead(state):
+        return None
     proposal: Proposal = {}
-    s_words = {s: _words(state.source, s) for s in group.sources}
-    t_words = {t: _words(state.target, t) for t in group.targets}
+    s_words = {s: _words(state, state.source, s) for s in group.sources}
+    t_words = {t: _words(state, state.target, t) for t in group.targets}
     for word in frozenset().union(*s_words.values()):
         s_with = [s for s, w in s_words.items() if word in w]
         t_with = [t for t, w in t_words.items() if word in w]
         if len(s_with) == len(t_with) == 1 and proposal.setdefault(s_with[0], t_with[0]) != t_with[0]:
             return None
     return _completed(proposal, group)
+
+
+def _words_mislead(state: Alignment) -> bool:
+    owners: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+    for side, owner in zip((state.source, state.target), owners, strict=True):
+        for node, tokens in enumerate(side.tokens):
+            for word in names.words(tokens):
+                owner.setdefault(word, []).append(node)
+    solid = dict(state.solid())
+    for word, found in owners[0].items():
+        if len(found) == len(owners[1].get(word, ())) == 1:
+            (s,), (t,) = found, owners[1][word]
+            if state.source.layers[s].channels != state.target.layers[t].channels or solid.get(s, t) != t:
+                return True
+    return False
 
 
 def siblings(state: Alignment, group: Group) -> Proposal | None:
@@ -120,9 +140,9 @@ def _nearest(state: Alignment, group: Group, other: int) -> int | None:
     return shared[-1][1] if shared[-1][0] > shared[-2][0] else None
 
 
-def _words(side: Side, node: int) -> frozenset[str]:
+def _words(state: Alignment, side: Side, node: int) -> frozenset[str]:
     """The words in the names of a layer and of the kernel that feeds it."""
-    kernel = side.layers[node].kernel
+    kernel = state.kernel(side.layers[node])
     return names.words((*side.tokens[node], *(names.tokens(kernel.name) if kernel else ())))
 
 
@@ -218,6 +238,8 @@ def ranks(state: Alignment) -> list[tuple[str, Rank, Rank]]:
     sides = state.source, state.target
     defined = [list(range(len(side.names))) for side in sides]
     numbered = [side.numbering for side in sides]
+    if not state.ordered:
+        return [("numbered in the same order as all others", numbered[0], numbered[1])]
     return [
         ("defined in the same order as all others", defined[0], defined[1]),
         ("numbered in the order of definition, as all others", defined[0], numbered[1]),
@@ -279,7 +301,7 @@ def defined_as_executed(state: Alignment, side: Side) -> bool:
     here = state.back if side is state.source else state.pairs
     graph = state.target.graph if side is state.source else state.source.graph
     assert graph is not None
-    if not mostly_decided(state):
+    if not state.ordered or not mostly_decided(state):
         return False
     seen = 0
     for node, before in enumerate(graph.inputs):

@@ -251,3 +251,44 @@ def test_control_characters_in_names_are_escaped_in_messages():
     found = match(layers(layer("a\x1b[31m")), layers(layer("x", 9)))
     assert "\x1b" not in found.problems()
     assert r"\x1b[31m" in found.problems()
+
+
+def guessed(name, channels, shape, **changes):
+    """A layer whose kernel is only defined before it, as in a state dict."""
+    each = layer(name, channels, shape)
+    return each.but(kernel=each.kernel._replace(guessed=True, **changes))
+
+
+def test_guessed_kernels_that_contradict_the_order_they_come_from_do_not_decide():
+    stem = ("stem", 4, (4, 3, 3, 3))
+    sources = layers(guessed(*stem), guessed("a.bn", 8, (8, 8, 3, 3)), guessed("b.bn", 8, (8, 8, 1, 1)))
+    targets = layers(
+        layer("s", 4, (4, 3, 3, 3), ()), layer("x", 8, (8, 8, 1, 1), ["s"]), layer("y", 8, (8, 8, 3, 3), ["x"])
+    )
+    found = match(sources, targets)
+    assert [(g.targets, g.sources) for g in found.ambiguous] == [(("x", "y"), ("a.bn", "b.bn"))]
+    facts = layers(*(each.but(kernel=each.kernel._replace(guessed=False)) for each in sources.values()))
+    assert match(facts, targets).pairs == {"s": "stem", "x": "b.bn", "y": "a.bn"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"refuted": True}])
+def test_guessed_kernels_that_nothing_confirms_or_something_refutes_do_not_decide(changes):
+    stem = [guessed("stem", 4, (4, 3, 3, 3), **changes)] if changes else []
+    sources = layers(*stem, *(guessed(n, 8, (8, 8, k, k), **changes) for n, k in (("a.bn", 3), ("b.bn", 1))))
+    targets = layers(*([layer("s", 4)] if stem else []), layer("x", 8, (8, 8, 3, 3)), layer("y", 8, (8, 8, 1, 1)))
+    assert len(match(sources, targets).ambiguous) == 1
+
+
+def test_names_that_fit_under_two_prefixes_are_asked_for_and_the_option_is_named():
+    for order in (["student.bn", "teacher.bn"], ["teacher.bn", "student.bn"]):
+        found = match(layers(*map(layer, order)), layers(layer("bn"), layer("bn_1")))
+        assert found.pairs == {}
+        with pytest.raises(MatchError, match=r"names fit under .*--map.*--only-under \(for example"):
+            found.raise_if_bad()
+
+
+def test_of_two_prefixes_the_one_counts_under_which_all_layers_fit():
+    sources = layers(layer("a.bn1", 8), layer("a.bn2", 9), layer("b.bn1", 8), layer("b.bn2", 7))
+    found = match(sources, layers(layer("bn1", 8), layer("bn2", 7)), skip="a.*")
+    assert found.pairs == {"bn1": "b.bn1", "bn2": "b.bn2"}
+    assert match(sources, layers(layer("bn1", 8), layer("bn2", 7))).pairs == {"bn1": "b.bn1", "bn2": "b.bn2"}

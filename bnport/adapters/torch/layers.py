@@ -141,17 +141,25 @@ def kernel_of(name: str, tensor: Tensor, *, kind: str | None = None, first: bool
 
 
 def feeding(definitions: Iterable[Definition]) -> dict[str, Kernel]:
-    """BatchNorm name -> the kernel that feeds it, as far as the order of definition tells beyond doubt.
+    """BatchNorm name -> the kernel that feeds it, guessed (`Kernel.guessed`) from the order of definition.
 
     A kernel counts if it is the only one defined in the BatchNorm's own module since the BatchNorm before, directly
-    precedes it, and has as many outputs as it has channels. Pre-activation networks define the BatchNorm before the
-    kernel, so it finds none there, or the one of another module, which does not count either. A depthwise kernel with
-    its pointwise one in one child module of the BatchNorm's own counts as the pointwise one.
+    precedes it, and has as many outputs as it has channels. A depthwise kernel with its pointwise one in one child module
+    of the BatchNorm's own counts as the pointwise one. A pre-activation network that defines the BatchNorm before the
+    kernel fits this too; one that defines conv1, bn1, conv2, bn2 and calls bn1, conv1, bn2, conv2 does not, nor does the
+    reverse. One kernel somewhere whose shape fits only such an order shows that definitions are not called in their order
+    here: then all guesses are `refuted`.
     """
     found: dict[str, Kernel] = {}
     since: list[Definition] = []
+    last: Definition | None = None  # the BatchNorm before `since`
+    starts: dict[str, Definition] = {}  # of each module: the first thing defined in it
+    refuted = False
     for definition in definitions:
+        starts.setdefault(definition.parent, definition)
         if definition.kernel is not None:
+            if not since and last is not None and _feeds_the_one_before(last, definition, starts):
+                refuted = True
             since.append(definition)
             continue
         beside = [d for d in since if definition.parent in (d.parent, d.name)]  # d.name: ConvBn holds its own kernel
@@ -159,12 +167,41 @@ def feeding(definitions: Iterable[Definition]) -> dict[str, Kernel]:
         if not beside and _separable(since, definition.parent):
             beside = since[-1:]
             before = since[0].kernel.shape[2:] if since[0].kernel else None
-        if len(beside) == 1 and since[-1] is beside[0] and beside[0].out == definition.out:
+        if len(beside) == 1 and since[-1] is beside[0]:
             kernel = beside[0].kernel
-            if kernel is not None:
-                found[definition.name] = kernel._replace(before=before)
-        since = []
-    return found
+            if beside[0].out == definition.out and kernel is not None:
+                found[definition.name] = kernel._replace(before=before, guessed=True)
+            elif _fed_by_the_one_after(definition, beside[0]):
+                refuted = True
+        since, last = [], definition
+    return {name: kernel._replace(refuted=True) for name, kernel in found.items()} if refuted else found
+
+
+def _fed_by_the_one_after(norm: Definition, before: Definition) -> bool:
+    """Whether the kernel defined right before a BatchNorm in its module fits it only as the one that it feeds."""
+    inputs = _inputs_beside(norm, before)
+    return inputs == norm.out != before.out
+
+
+def _feeds_the_one_before(norm: Definition, after: Definition, starts: Mapping[str, Definition]) -> bool:
+    """Whether the kernel defined right after a BatchNorm in its module fits it only as the one that feeds it.
+
+    Only in a module that begins with a BatchNorm: in others the kernel may begin the next branch.
+    """
+    inputs = _inputs_beside(norm, after)
+    return inputs is not None and starts[norm.parent].kernel is None and after.out == norm.out != inputs
+
+
+def _inputs_beside(norm: Definition, beside: Definition) -> int | None:
+    """How many inputs a kernel has that lies in one module with a BatchNorm; None if it does not, or nobody knows.
+
+    None too in a torch.nn.Sequential, whose children are numbers: it calls them in the order of definition.
+    """
+    kernel = beside.kernel
+    names = [definition.name.rpartition(".")[2] for definition in (norm, beside)]
+    if kernel is None or norm.parent != beside.parent or all(name.isdigit() for name in names):
+        return None
+    return None if kernel.kind in ("depthwise", "grouped") or len(kernel.shape) < 2 else kernel.shape[1]
 
 
 def _separable(since: list[Definition], parent: str) -> bool:

@@ -1,0 +1,68 @@
+"""Kernels that are only guessed to feed their layer (`Kernel.guessed`), and how far the guess may be used.
+
+A state dict has no graph: a kernel is taken to feed the BatchNorm that is defined right after it. A pre-activation
+network may be defined the same way and called the other way round (conv1, bn1, conv2, bn2 called as bn1, conv1, bn2,
+conv2), and with square kernels nothing in the file shows it. So a guess counts only
+
+0. if no shape in the file refutes it (`Kernel.refuted`, found by the adapter);
+1. if a guessed kernel of the same side fits no other way: what feeds another layer than it follows has as many inputs
+   as that layer has channels, so one that has more or fewer inputs than outputs shows that this side defines the kernel
+   before the layer it feeds;
+2. for the channel counts of which both sides have the same kernels, each equally often;
+3. if the pairs that follow keep the order of definition, which is where the guess comes from: no layer is paired with
+   one before the pair of a layer that is defined earlier.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bnport.layer import Kernel, Layer
+    from bnport.match.engine import Alignment
+
+
+def refuted(layers: Iterable[Layer]) -> bool:
+    """Whether this side is known not to define things in the order in which it calls them."""
+    return any(layer.kernel is not None and layer.kernel.refuted for layer in layers)
+
+
+def shown(layers: Iterable[Layer]) -> bool:
+    """Whether no kernel of this side is guessed, or one of those fits only as guessed."""
+    guessed = [layer.kernel for layer in layers if layer.kernel is not None and layer.kernel.guessed]
+    return not guessed or any(_fits_only_here(kernel) for kernel in guessed)
+
+
+def _fits_only_here(kernel: Kernel) -> bool:
+    """Whether its inputs are not as many as its outputs, however many groups a file that does not tell them may mean."""
+    if kernel.kind in ("depthwise", "grouped") or len(kernel.shape) < 2 or kernel.shape[1] == 1:
+        return False
+    outputs, inputs, *space = kernel.shape
+    grouped = outputs % inputs == 0 and outputs // inputs > 2 and any(length > 1 for length in space)
+    return outputs != inputs and not grouped
+
+
+def contradicted(state: Alignment) -> bool:
+    """Whether two pairs of one channel count are in another order than the one of definition that a guess relied on."""
+    return _against(state, sources_guessed=True) or _against(state, sources_guessed=False)
+
+
+def _against(state: Alignment, *, sources_guessed: bool) -> bool:
+    """Of a side with guessed kernels: whether a layer defined later is paired with one that is executed earlier."""
+    side, other = (state.source, state.target) if sources_guessed else (state.target, state.source)
+    if not any(layer.kernel is not None and layer.kernel.guessed for layer in side.layers):
+        return False
+    pairs = state.pairs if sources_guessed else state.back
+    ancestors = other.graph.reach()[0] if other.graph is not None else None
+    later: dict[int, int] = {}  # by channels: the partners of the layers that are defined later, as a bit set
+    for node in range(len(side.layers) - 1, -1, -1):
+        if node in pairs:
+            partner, channels = pairs[node], side.layers[node].channels
+            mask = later.get(channels, 0)
+            before = (1 << partner) - 1 if ancestors is None else ancestors[partner]  # no graph: as it is defined
+            if mask & before:
+                return True
+            later[channels] = mask | 1 << partner
+    return False
