@@ -14,7 +14,7 @@ Every image file below the folder, in the order of the paths. How the pixels rea
 
 Without scale or preprocessing the model must begin by rescaling itself (a Rescaling or Normalization layer first).
 
-Refused, with the file's name: what is no regular file, an image of more than images.PIXELS_LIMIT pixels, formats that are
+Refused, with the file's name: what is no regular file, an image of more than decoding.PIXELS_LIMIT pixels, formats that are
 not the suffixes' own, and grey images of 16 or 32 bits with load_img, which leaves them unscaled or clips them at 255.
 Other modes (palette, alpha, CMYK, 1 bit) become what the loader makes of them.
 """
@@ -28,8 +28,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.calibrate.images import PIXELS_LIMIT
-from bnport.calibrate.images import SUFFIXES as IMAGES
+from bnport.calibrate.decoding import PIXELS_LIMIT
+from bnport.calibrate.decoding import SUFFIXES as IMAGES
 from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, Question, listed, printable
 
 if TYPE_CHECKING:

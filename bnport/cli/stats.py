@@ -28,9 +28,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("path", metavar="PATH", help="a folder of images, one image, or an .npy or .npz file")
     parser.add_argument("--size", metavar="HxW", help="resize every image file to this height and width first")
-    parser.add_argument("--resample", default="bilinear", metavar="NAME", help="of --size (default bilinear)")
-    parser.add_argument("--scale", metavar="S", help="multiply pixels by this number or fraction (default 1/255)")
-    parser.add_argument("--mode", default="RGB", metavar="MODE", help="RGB (default), L (grey) or I;16 (16-bit grey)")
+    parser.add_argument("--resample", metavar="NAME", help="of --size (default bilinear)")
+    parser.add_argument(
+        "--scale",
+        metavar="S",
+        help="multiply pixels by this number or fraction (default 1/255 for uint8, 1/65535 for uint16, 1 for bool; other"
+        " integers need it)",
+    )
+    parser.add_argument("--mode", metavar="MODE", help="of image files: RGB (default), L (grey) or I;16 (16-bit grey)")
     parser.add_argument("--axis", type=int, metavar="N", help="the channel axis of an array (default the last)")
     parser.add_argument("--key", metavar="NAME", help="the array of an .npz that holds several")
     parser.add_argument("--no-recursive", action="store_true", help="do not enter folders in the folder")
@@ -38,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--skip-damaged", action="store_true", help="leave out files that cannot be decoded, and say so"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-    parser.add_argument("--engine", default="local", metavar="NAME", help="local (default), serial, dask or ray")
+    parser.add_argument("--engine", metavar="NAME", help="local (default), serial, dask or ray")
     parser.add_argument("--output", "-o", metavar="FILE", help="write the JSON document to this new file")
     parser.add_argument("--force", action="store_true", help="replace an existing --output")
     common.add_json(parser)
@@ -128,7 +133,7 @@ def _print(found: ImageStatistics) -> None:
     print(f"  transforms.Normalize(mean={_listed(found.mean)}, std={_listed(found.std)})")
     for note in found.notes:
         print(f"note: {printable(note, 600)}")
-    print(f"{found.images} images, {found.exact.n} pixels per channel, scaled by {found.scale}; exact")
+    print(f"{found.images} images, {found.exact.n} pixels per channel, {found.dtype} scaled by {found.scale}; exact")
 
 
 def _after(found: ImageStatistics, scaling: str) -> str:

@@ -66,9 +66,9 @@ def test_a_folder_of_images_gives_the_correctly_rounded_exact_mean_and_variance(
 
 @pytest.mark.parametrize("engine", ["serial", "local"])
 def test_the_engine_does_not_change_a_bit(folder, engine, monkeypatch):
-    from bnport.calibrate import images
+    from bnport.calibrate import decoding
 
-    monkeypatch.setattr(images, "BLOCK_FILES", 2)
+    monkeypatch.setattr(decoding, "BLOCK_FILES", 2)
     told = []
     found = image_statistics(folder, engine=engine, workers=2, progress=lambda *a: told.append(a))
     assert (found.mean.tolist(), found.variance.tolist()) == exact_truth(decoded(folder))
@@ -161,27 +161,27 @@ def test_the_usual_expression_itself_gives_0_418_on_800_images():
 
 
 def test_blocks_are_small_while_files_are_few_and_hold_every_file_once_in_order(tmp_path, monkeypatch):
-    from bnport.calibrate import images
+    from bnport.calibrate import decoding
 
     paths = [str(tmp_path / f"{k:03}.png") for k in range(200)]
     for k, path in enumerate(paths):
         with open(path, "wb") as file:
             file.write(bytes(100 * (k % 7)))
-    how = images._How(None, "RGB", "bilinear", False, True)
-    assert [block.paths for block in images._blocks(paths, how)] == [paths]  # all of it below LEAST_BYTES
-    monkeypatch.setattr(images, "LEAST_BYTES", 1)
-    blocks = [block.paths for block in images._blocks(paths, how)]
+    how = decoding.How(None, "RGB", "bilinear", False, True)
+    assert [block.paths for block in decoding.blocks_of(paths, how)] == [paths]  # all of it below LEAST_BYTES
+    monkeypatch.setattr(decoding, "LEAST_BYTES", 1)
+    blocks = [block.paths for block in decoding.blocks_of(paths, how)]
     assert [path for block in blocks for path in block] == paths
-    assert images.BLOCKS / 2 <= len(blocks) <= images.BLOCKS + 1
-    monkeypatch.setattr(images, "BLOCK_BYTES", 150)
-    assert max(len(block.paths) for block in images._blocks(paths, how)) <= 3
+    assert decoding.BLOCKS / 2 <= len(blocks) <= decoding.BLOCKS + 1
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 150)
+    assert max(len(block.paths) for block in decoding.blocks_of(paths, how)) <= 3
 
 
 def test_a_worker_that_counts_bytes_starts_without_numpy(tmp_path):
     Image.fromarray(picture()).save(tmp_path / "x.png")
     code = (
-        "import sys\nfrom bnport.calibrate import images\nhow = images._How(None, 'RGB', 'bilinear', False, True)\n"
-        f"counted = images.count_block(images._Block([{str(tmp_path / 'x.png')!r}], how))\n"
+        "import sys\nfrom bnport.calibrate import decoding\nhow = decoding.How(None, 'RGB', 'bilinear', False, True)\n"
+        f"counted = decoding.count_block(decoding.Block([{str(tmp_path / 'x.png')!r}], how))\n"
         "print(counted.images, 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -332,9 +332,9 @@ def test_the_command_refuses_wrong_settings_in_one_line(wrong, tmp_path, capsys)
 
 
 def test_an_error_in_a_worker_process_arrives_as_itself(tmp_path, monkeypatch):
-    from bnport.calibrate import images
+    from bnport.calibrate import decoding
 
-    monkeypatch.setattr(images, "BLOCK_FILES", 1)
+    monkeypatch.setattr(decoding, "BLOCK_FILES", 1)
     for k in range(3):
         Image.fromarray(picture()).save(tmp_path / f"{k}.png")
     (tmp_path / "3.png").write_bytes(b"broken")

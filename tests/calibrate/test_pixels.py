@@ -1,0 +1,195 @@
+"""How pixels are scaled, by dtype, and settings that do not apply: against Python integers and fractions."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bnport.calibrate.images import image_statistics
+from bnport.cli import main
+from bnport.errors import InvalidValue, Question
+
+RNG = np.random.default_rng(3)
+BYTES = RNG.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
+WIDE = RNG.integers(0, 65536, (4, 5, 6, 3), dtype=np.uint16)
+
+
+def truth(pixels, scale):
+    """(mean, variance) per channel by Python integers from nested lists (images, height, width, channels)."""
+    means, variances = [], []
+    for c in range(len(pixels[0][0][0])):
+        values = [int(pixel[c]) for image in pixels for row in image for pixel in row]
+        n, s, q = len(values), sum(values), sum(v * v for v in values)
+        means.append(float(scale * Fraction(s, n)))
+        variances.append(float(scale**2 * Fraction(n * q - s * s, n * n)))
+    return means, variances
+
+
+def numbers(found):
+    return found.mean.tolist(), found.variance.tolist()
+
+
+@pytest.mark.parametrize("kind", ["array", "generator", "npy", "fortran npy"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bit_pixels_are_scaled_by_65535_in_either_byte_order(kind, order, tmp_path):
+    x = WIDE.astype(order)
+    source = {"array": x, "generator": iter(x)}.get(kind)
+    if source is None:
+        source = tmp_path / "x.npy"
+        np.save(source, np.asfortranarray(x) if kind == "fortran npy" else x)
+    found = image_statistics(source)
+    assert (found.scale, found.dtype) == (Fraction(1, 65535), "uint16")
+    assert numbers(found) == truth(WIDE.tolist(), Fraction(1, 65535))
+
+
+def test_images_of_two_scales_are_refused_with_the_number_of_the_first_that_differs():
+    with pytest.raises(InvalidValue, match=r"image 2: uint16 pixels, scaled by 1/65535; those before it are uint8"):
+        image_statistics(iter([BYTES[0], BYTES[1], WIDE[0], BYTES[2]]))
+    both = image_statistics(iter([BYTES[0], WIDE[0]]), scale=1)
+    assert numbers(both) == truth([BYTES[0].tolist(), WIDE[0].tolist()], 1)
+    assert both.dtype == "uint8, uint16"
+    orders = image_statistics(iter([WIDE[0].astype(">u2"), WIDE[1].astype("<u2")]))
+    assert numbers(orders) == truth(WIDE[:2].tolist(), Fraction(1, 65535))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint32", "uint64"])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_integers_of_which_nothing_says_the_range_are_asked_about(dtype, one_by_one):
+    x = (BYTES // 2).astype(dtype)
+    with pytest.raises(Question, match=rf"{dtype} pixels: what are they scaled by\?.*--scale"):
+        image_statistics(iter(x) if one_by_one else x)
+    found = image_statistics(iter(x) if one_by_one else x, scale=Fraction(1, 127))
+    assert numbers(found) == truth(x.tolist(), Fraction(1, 127))
+
+
+def test_booleans_are_0_and_1():
+    found = image_statistics(BYTES > 99)
+    assert found.scale == 1
+    assert numbers(found) == truth((BYTES > 99).tolist(), 1)
+    assert numbers(image_statistics(iter(BYTES > 99))) == numbers(found)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("framework", ["tensorflow", "torch", "jax.numpy"])
+def test_a_frameworks_tensor_is_an_array(framework, one_by_one):
+    made = pytest.importorskip(framework)
+    x = {"tensorflow": "constant", "torch": "tensor", "jax.numpy": "asarray"}[framework]
+    tensor = getattr(made, x)(BYTES)
+    found = image_statistics(iter([tensor[k] for k in range(4)]) if one_by_one else tensor)
+    assert numbers(found) == truth(BYTES.tolist(), Fraction(1, 255))
+    assert found.images == 4
+
+
+def test_a_masked_array_or_a_tensor_without_numbers_is_refused_in_one_line():
+    tensorflow = pytest.importorskip("tensorflow")
+    for source in (np.ma.array(BYTES, mask=BYTES > 9), iter([np.ma.array(BYTES[0], mask=BYTES[0] > 9)])):
+        with pytest.raises(InvalidValue, match="masked"):
+            image_statistics(source)
+    with pytest.raises(InvalidValue, match="expected pixels as integers"):
+        image_statistics(tensorflow.constant(BYTES, tensorflow.bfloat16))
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InvalidValue, match="the array: a Tensor is not an array"):
+        image_statistics(torch.tensor(BYTES).to_sparse())
+    with pytest.raises(InvalidValue, match="image 0: a list is not an array"):
+        image_statistics(iter([[[1, 2], [3]]]))
+
+
+# Settings that do not apply to a source are refused, not ignored.
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        *[(kind, setting, next(iter(setting)))
+          for kind in ("array", "npy", "generator")
+          for setting in ({"size": 4}, {"mode": "L"}, {"mode": "RGB"}, {"resample": "box"}, {"damaged": "skip"},
+                          {"recursive": False}, {"engine": "ray"}, {"workers": 2}, {"key": "x"})],
+        ("generator", {"axis": 3}, "axis"),
+        ("folder", {"axis": 3}, "axis"),
+        ("folder", {"key": "x"}, "key"),
+        ("paths", {"axis": 3}, "axis"),
+        ("paths", {"key": "x"}, "key"),
+        ("folder", {"resample": "box"}, "resample"),
+        ("folder", {"engine": "foo"}, "engine: expected one of"),
+        ("array", {"engine": "foo"}, "engine: expected one of"),
+        ("folder", {"workers": 0}, "workers: expected 1 or more"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_does_not_apply_to_the_source_is_refused(kind, settings, message, tmp_path):
+    np.save(tmp_path / "x.npy", BYTES)
+    Image.fromarray(BYTES[0]).save(tmp_path / "x.png")
+    source = {"array": BYTES, "npy": tmp_path / "x.npy", "generator": iter(BYTES), "folder": tmp_path,
+              "paths": [tmp_path / "x.png"]}[kind]  # fmt: skip
+    with pytest.raises(InvalidValue, match=message) as error:
+        image_statistics(source, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", ["x.npy --size 4x4", "x.npy --mode L", ". --axis 1", ". --key q", ". --engine foo"])
+def test_the_command_refuses_what_does_not_apply_in_one_line(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", BYTES)
+    Image.fromarray(BYTES[0]).save("x.png")
+    assert main(["stats", *words.split()]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert words.split()[1][2:] in said.err
+
+
+def test_the_command_says_the_dtype_and_its_scale_and_asks_for_one_where_there_is_none(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", WIDE.astype(">u2"))
+    assert main(["stats", str(tmp_path / "x.npy")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("uint16 scaled by 1/65535; exact")
+    np.save(tmp_path / "y.npy", WIDE.astype(np.int32))
+    assert main(["stats", str(tmp_path / "y.npy")]) == 2
+    assert "--scale" in capsys.readouterr().err
+    assert main(["stats", str(tmp_path / "y.npy"), "--scale", "1/65535"]) == 0
+
+
+# Files of more than 8 bits per channel, of which Pillow would drop some.
+
+
+def png16(colour, channels):
+    """A PNG of 5 x 4 pixels of 16 bits, written by hand: colour type 2 is RGB, 4 grey with alpha, 6 RGBA."""
+    raw = b"".join(b"\0" + RNG.integers(0, 65536, 5 * channels).astype(">u2").tobytes() for _ in range(4))
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", 5, 4, 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+def tiff16():
+    """A TIFF of 2 x 1 pixels of three 16-bit channels, written by hand."""
+    pixels, bits = struct.pack("<6H", 1, 256, 40000, 65535, 7, 300), struct.pack("<3H", 16, 16, 16)
+    tags = [(256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14),
+            (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 12)]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 26) + bits + pixels + directory
+
+
+WIDE_FILES = {
+    "rgb.png": png16(2, 3),
+    "la.png": png16(4, 2),
+    "rgba.png": png16(6, 4),
+    "rgb.tif": tiff16(),
+    "rgb.ppm": b"P6 2 1 65535\n" + struct.pack(">6H", 1, 256, 40000, 65535, 7, 300),
+    "odd.pgm": b"P5 2 1 100\n" + bytes([3, 100]),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_FILES)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_file_whose_pixels_pillow_would_round_to_8_bits_is_refused_by_name(name, mode, tmp_path):
+    (tmp_path / name).write_bytes(WIDE_FILES[name])
+    with Image.open(tmp_path / name) as image:
+        image.load()  # Pillow does decode it
+    with pytest.raises(InvalidValue, match=rf"{name}: .*cuts to 8 bits"):
+        image_statistics(tmp_path, mode=mode)
