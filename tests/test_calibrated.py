@@ -78,6 +78,30 @@ def test_with_data_the_port_computes_what_torch_computes_on_the_whole_data_set(f
     np.testing.assert_allclose(outputs, np.load(folder / "outputs.npy"), atol=5e-4)
 
 
+def test_an_onnx_export_in_training_mode_is_refused_and_with_data_computes_what_torch_does(
+    folder, tmp_path, images, capsys
+):
+    """The exporter keeps gamma, beta and epsilon; its stored statistics are not those that the network used."""
+    trained = torch.load(folder / "net.pt", weights_only=False)
+    for number in (1, 2, 3):
+        norm = getattr(trained, f"bn{number}")
+        tracked = torch.nn.BatchNorm2d(norm.num_features, eps=norm.eps)
+        tracked.load_state_dict(norm.state_dict(), strict=False)
+        setattr(trained, f"bn{number}", tracked)
+    source, out = tmp_path / "training.onnx", tmp_path / "out.keras"
+    x = torch.from_numpy(images[:4].transpose(0, 3, 1, 2).copy())
+    torch.onnx.export(
+        trained, (x,), source, dynamo=False, training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False
+    )
+    command = ["convert", str(source), str(folder / "twin.keras"), "-o", str(out)]
+    assert main(command) == 2
+    assert "--calibrate DATA" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--calibrate", str(folder / "images.npy")]) == 0
+    outputs = keras.saving.load_model(out).predict(images, verbose=0)
+    np.testing.assert_allclose(outputs, np.load(folder / "outputs.npy"), atol=5e-4)
+
+
 def test_a_live_model_is_converted_and_calibrated_in_place(folder, images):
     from bnport.calibrated import convert_calibrated
 

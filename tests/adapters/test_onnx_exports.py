@@ -131,7 +131,7 @@ def test_writing_what_is_there_already_gives_the_same_file_byte_for_byte(name, t
 
     path, out = FIXTURES / name, tmp_path / "out.onnx"
     changes = {}
-    for layer in adapter.read(str(path)).values():
+    for layer in adapter.read(str(path), stat="stored").values():
         fields = {"mean", "variance", "epsilon"} if layer.name == "bn3" else {*FIELDS, "epsilon"}  # bn3 is affine=False
         changes[layer.name] = Change(layer.record, frozenset(fields))
     adapter.write(str(path), changes, str(out))
@@ -170,14 +170,19 @@ def test_layers_that_are_missing_because_some_were_folded_are_explained(tmp_path
         paired.raise_if_bad()
 
 
-def test_an_export_in_training_mode_is_taken_with_a_note():
+def test_an_export_in_training_mode_is_refused_unless_the_stored_statistics_are_asked_for():
     """The exporter ran the model in training mode: the statistics in the file are what onnx reads, not the module's."""
     path = FIXTURES / "torchscript-training.onnx"
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     for layer in adapter.read(str(path)).values():
+        with pytest.raises(InvalidValue, match=r"training mode.*not the checkpoint's.*--calibrate DATA.*--stat stored"):
+            _ = layer.record
+    for layer in adapter.read(str(path), stat="stored").values():
         assert "training mode" in layer.notes[0]
         assert layer.record.mean.tobytes() == tensors[f"{layer.name}.running_mean"].tobytes()
         assert layer.record.mean.tobytes() != EXPECTED[f"torch|{layer.name}|mean"].tobytes()
+    with pytest.raises(InvalidValue, match="only 'stored' is known"):
+        adapter.read(str(path), stat="variance")
 
 
 def test_tensors_that_the_exporter_shared_between_roles_are_read_by_position():

@@ -104,10 +104,11 @@ def test_the_record_gives_the_outputs_of_onnxs_own_test_cases():
         made.CopyFrom(case.model)
         for value, array in list(zip(made.graph.input, inputs, strict=True))[1:]:
             made.graph.initializer.append(numpy_helper.from_array(array, value.name))
-        (layer,) = adapter.read(made).values()
+        training = "training" in case.name
+        assert ("training mode" in next(iter(adapter.read(made).values())).without) is training
+        (layer,) = adapter.read(made, stat="stored").values()
         for name, array in zip(FIELDS, inputs[1:], strict=True):
             assert getattr(layer.record, name).tobytes() == array.tobytes()
-        training = "training" in case.name
         assert any("training mode" in note for note in layer.notes) is training
         if not training:
             x, y = (np.moveaxis(a, 1, -1) for a in (inputs[0], outputs[0]))
@@ -137,6 +138,8 @@ def test_training_mode_is_said_by_the_rule_of_the_opset(opset, attributes, outpu
     made = onnx_files.model([record], **given)
     made.graph.node[0].output.extend(f"extra{k}" for k in range(outputs - 1))
     (layer,) = adapter.read(made).values()
+    assert ("training mode" in layer.without) is training
+    (layer,) = adapter.read(made, stat="stored").values()
     assert any("training mode" in note for note in layer.notes) is training
     assert_same_bits(layer.record, record)
 

@@ -8,7 +8,7 @@
     epsilon (float32)               epsilon     1e-5 where absent, which the operator defines; read as the decimal meant
     momentum (float32)              momentum    the same meaning: the fraction of the OLD value kept; 0.9 where absent
     input 0, output 0, channel axis 1
-    training_mode (14+), several outputs (7-13), is_test=0 (1-6): training mode; convertible, with a note
+    training_mode (14+), several outputs (7-13), is_test=0 (1-6): training mode: refused, but for --stat stored
     spatial=0 (1-8)                             one value per channel: taken as spatial=1; per position: refused
 
 Only the position of an input counts. Values are followed through initializers, Constant, Identity, Cast, CastLike,
@@ -31,7 +31,7 @@ from __future__ import annotations
 import os
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.errors import BnportError, printable
+from bnport.errors import BnportError, InvalidValue, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
@@ -63,21 +63,24 @@ def recognise(head: bytes, path: str) -> bool:
         return False
 
 
-def read(source: Any, *, folder: str | None = None) -> Layers:
+def read(source: Any, *, folder: str | None = None, stat: str | None = None) -> Layers:
     """The BatchNorm layers of a file or live ModelProto, in the order in which they run.
 
-    folder: where the external data of a live ModelProto lies. Raises FormatError for damage, for parameters that are
+    folder: where the external data of a live ModelProto lies. stat: "stored" takes the running statistics of layers that
+    were exported in training mode, which are refused otherwise. Raises FormatError for damage, for parameters that are
     not there in full, and for external data outside the model's folder.
     """
     from bnport.adapters.onnx import folded, layers, walk
 
+    if stat not in (None, "stored"):
+        raise InvalidValue(f"stat: of an ONNX model only 'stored' is known, got {printable(stat)!r}")
     opened = _open(source, folder)
     found = walk.Walk(opened)
     names = layers.names(found.found)
     listed = []
     for name, each in zip(names, found.found, strict=True):
         inputs = tuple(names[k] for k in sorted(each.inputs)) if found.graph_known else None
-        listed.append(layers.layer_of(each, name, opened.source, inputs))
+        listed.append(layers.layer_of(each, name, opened.source, inputs, stored=stat is not None))
     notes = folded.notes(found)
     if found.foreign:
         shown = found.foreign[0]

@@ -88,13 +88,21 @@ def parameters(found: Found, source: str) -> Parameters:
     return Parameters(values, channels)
 
 
-def layer_of(found: Found, name: str, source: str, inputs: tuple[str, ...] | None) -> Layer:
-    """The Layer. Where a parameter is no constant the layer is listed, but asking for its numbers raises InvalidValue."""
+def layer_of(found: Found, name: str, source: str, inputs: tuple[str, ...] | None, *, stored: bool = False) -> Layer:
+    """The Layer. Where a parameter is no constant the layer is listed, but asking for its numbers raises InvalidValue.
+
+    A node in training mode computes its statistics from each batch; `stored`: the running ones beside it are meant.
+    """
     if found.affine:
         return _affine_layer(found, name, source, inputs)
     where = place_of(found, source)
     held = parameters(found, source)
-    notes = _mode(found, where, held.unknown)
+    notes = _mode(found, where)
+    training = _training(found, where) and not held.unknown
+    if training and stored:
+        notes.append(
+            f"exported in training mode; the running statistics in the file are taken, as asked{_moved(found)}"
+        )
     epsilon = _number(found, "epsilon", EPSILON, where)
     momentum: float | None = meant_epsilon(_number(found, "momentum", MOMENTUM, where))
     if momentum in (0, 1):
@@ -128,7 +136,7 @@ def layer_of(found: Found, name: str, source: str, inputs: tuple[str, ...] | Non
             kernel=kernel_of(found.scope, found.node.inputs[0]),
             inputs=inputs,
             notes=notes,
-            without=_refusal(unknown) if only_statistics else "",
+            without=_refusal(unknown) if only_statistics else _in_training(found) if training and not stored else "",
         )
     except InvalidValue as error:
         raise FormatError(f"{printable(source)}: {error}") from None
@@ -157,26 +165,34 @@ def _refusal(unknown: Mapping[str, Unknown]) -> str:
     return f"cannot be converted: {fields} {first.why}; store it in the file as an initializer, or skip the layer"
 
 
-def _mode(found: Found, where: str, unknown: Mapping[str, Unknown]) -> list[str]:
-    """What there is to say about training mode and spatial, by opset."""
-    opset, notes = found.scope.opset, []
-    outputs = [name for name in found.node.outputs if name]
+def _training(found: Found, where: str) -> bool:
+    """Whether the node normalises by each batch, by the rule of its opset."""
+    opset, outputs = found.scope.opset, [name for name in found.node.outputs if name]
     if opset >= 14:
-        training = _integer(found, "training_mode", 0, where) != 0
-    elif opset >= 7:
-        training = len(outputs) > 1
-    else:
-        training = len(outputs) > 1 and not _integer(found, "is_test", 0, where)
-    if training and not unknown:
-        moved = "torch" in found.scope.model.producer
-        notes.append(
-            "exported in training mode; the running statistics in the file are taken, as at inference"
-            + (
-                " (PyTorch's exporter ran the model once in that mode, which moved them: they are not the checkpoint's)"
-                if moved
-                else ""
-            )
-        )
+        return _integer(found, "training_mode", 0, where) != 0
+    return len(outputs) > 1 and (opset >= 7 or not _integer(found, "is_test", 0, where))
+
+
+def _moved(found: Found) -> str:
+    torch = "torch" in found.scope.model.producer
+    return (
+        " (PyTorch's exporter ran the model once in that mode, which moved them: they are not the checkpoint's)"
+        if torch
+        else ""
+    )
+
+
+def _in_training(found: Found) -> str:
+    return (
+        "exported in training mode: it normalises by each batch, and what is stored beside are running statistics"
+        f"{_moved(found)}. Export in evaluation mode, or bnport convert --calibrate DATA (or bnport calibrate) makes some from"
+        " data; --stat stored takes the stored ones"
+    )
+
+
+def _mode(found: Found, where: str) -> list[str]:
+    """What there is to say about spatial, by opset."""
+    opset, notes = found.scope.opset, []
     if opset < 9 and not _integer(found, "spatial", 1, where):
         notes.append("spatial=0 with one value per channel, as MXNet's exporter wrote; taken as spatial=1")
     return notes
