@@ -168,7 +168,7 @@ def test_exact_sums_shared_out_among_threads_miss_nothing_and_count_nothing_twic
     assert exact_moments(x.ravel(), axis=0).total == tuple(x.ravel().tolist())
 
 
-@pytest.mark.parametrize("rows", [1, 259, 511, 513, 767, 1535, 50_003])
+@pytest.mark.parametrize("rows", [1, 259, 511, 513, 767, 1535, 3071, 3073, 50_003])
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_bright_pixels_that_fill_no_whole_tile_are_summed_exactly(rows, channels):
     x = np.random.default_rng(15).integers(250, 256, (rows, channels), dtype=np.uint8)
