@@ -12,7 +12,9 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
-from bnport.containers.files import TEMPORARY, check_output
+from bnport.calibrate.checkpoint import delete
+from bnport.calibrate.file import check_files, data_files
+from bnport.containers.files import TEMPORARY
 from bnport.convert import convert, pair
 from bnport.errors import InvalidValue, Unrepresentable, printable
 from bnport.layer import Layers
@@ -56,7 +58,8 @@ def convert_calibrated(
     if not live:
         if out is None:
             raise InvalidValue("out: name the file to make; the target file itself is never changed")
-        check_output(os.fspath(out), force=force, inputs=paths(source, target))
+        out = os.fspath(out)
+        check_files(out, force, [*paths(source, target), *data_files(data, out)], (calibration or {}).get("resume"))
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_some(target)
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
@@ -67,7 +70,7 @@ def convert_calibrated(
     stand_ins = {s: (held["mean"].copy(), held["variance"].copy()) for s, held in arrays.items()}
     # paired once: numbers are evidence too, and the stand-ins below have others than the source
     pairing: dict[str, Any] = {"map": dict(match.pairs), "skip": skip, "only_under": only_under}
-    calibration = {"progress": progress, **(calibration or {}), "layers": list(chosen)}
+    calibration = {"progress": progress, **(calibration or {}), "layers": list(chosen), "keep_checkpoint": True}
     started = _with_statistics(sources, stand_ins, "")
     if live:
         from bnport.calibrate.run import calibrate
@@ -90,7 +93,10 @@ def convert_calibrated(
             result = calibrate_file(staged, data, done, **calibration)
     found = {chosen[layer.name]: (layer.mean, layer.variance) for layer in result.layers}
     completed = _with_statistics(sources, found, _said(result, data))
-    return convert(completed, target, out, **pairing, force=force, progress=progress, **options)
+    report = convert(completed, target, out, **pairing, force=force, progress=progress, **options)
+    if report.ok:
+        delete(calibration.get("resume"))
+    return report
 
 
 def _check_held(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> None:

@@ -1,68 +1,52 @@
 """A calibration's moments on disk, so that an interrupted run goes on where it stopped.
 
-A checkpoint is an .npz of plain arrays (nothing is unpickled): "made_for", the sha256 of everything that the result
-depends on, and the state. It is replaced whole (temporary file, fsync, rename), so that a kill leaves the last good one.
+A checkpoint is an .npz of plain arrays (nothing is unpickled): "made_for", the parts of what the result depends on with a
+sha256 each (identity.py), and the state. It is replaced whole (temporary file, fsync, rename), so that a kill leaves the
+last good one. A file that is not a checkpoint is refused, never replaced.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
-import zipfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bnport._lazy import np
 from bnport.containers.files import check_output, replace_file
-from bnport.errors import FormatError, InvalidValue, printable
+from bnport.errors import FormatError, InvalidValue, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
-    from bnport.calibrate.models import LiveModel
     from bnport.record import Array
 
 
-def fingerprint(live: LiveModel, first_batch: Any, settings: Iterable[object]) -> str:
-    """sha256 over the settings, every weight of the model, the layers' names and the first batch."""
-    digest = hashlib.sha256()
-    for setting in settings:
-        digest.update(repr(setting).encode() + b"\0")
-    for norm in live.norms:
-        digest.update(norm.name.encode() + b"\0")
-    for variable in live.model.weights:
-        _feed(digest, np.asarray(variable.numpy()))
-    for leaf in live.tree.flatten(first_batch):
-        _feed(digest, live.numpy(leaf))
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, array: Array) -> None:
-    digest.update(f"{array.dtype}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
 class Checkpoint:
-    """The file at `path`, for runs with this fingerprint. `state` is what an earlier run left, or None."""
+    """The file at `path`, for the run with these parts. `state` is what an earlier run left, or None."""
 
-    def __init__(self, path: str, made_for: str) -> None:
+    def __init__(self, path: str, made_for: Mapping[str, str]) -> None:
         check_output(path, force=True)  # now, not after the first round
-        self.path, self.made_for = path, made_for
+        self.path, self.made_for = path, dict(made_for)
         self.state: dict[str, Array] | None = self._load() if os.path.exists(path) else None
 
     def _load(self) -> dict[str, Array]:
         shown = printable(self.path)
         try:
             with np.load(self.path, allow_pickle=False) as stored:
-                state = {name: stored[name] for name in stored.files}
-            made_for = str(state.pop("made_for"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+                made_for = json.loads(str(stored["made_for"]))
+                if not isinstance(made_for, dict) or set(made_for) != set(self.made_for):
+                    raise ValueError("it names no run")
+                state = {name: stored[name] for name in stored.files if name != "made_for"}
+        except Exception as error:  # any file of the user's may be named by mistake
             raise FormatError(
-                f"{shown}: not a checkpoint of a calibration ({printable(error, 80)}); delete it to start anew"
+                f"{shown}: exists and is not a checkpoint of a calibration ({printable(error, 80)}); name the checkpoint, or a"
+                " file that does not exist yet"
             ) from None
-        if made_for != self.made_for:
+        other = [part for part in made_for if made_for[part] != self.made_for[part]]
+        if other:
             raise InvalidValue(
-                f"{shown}: is the checkpoint of another run: the model's weights, the method, the layers or the data"
-                " differ; name another file, or delete it to start anew"
+                f"{shown}: is the checkpoint of another run: it had other values for {listed(other)}; name another file, or"
+                " delete it to start anew"
             )
         return state
 
@@ -71,14 +55,15 @@ class Checkpoint:
 
         def build(path: str) -> None:
             with open(path, "wb") as file:
-                np.savez(file, made_for=np.array(self.made_for), **state)  # type: ignore[arg-type]
+                np.savez(file, made_for=np.array(json.dumps(self.made_for)), **state)  # type: ignore[arg-type]
 
         replace_file(self.path, build, force=True)
 
-    def delete(self) -> None:
-        """The run is complete: the file has done its work."""
-        if os.path.exists(self.path):
-            os.unlink(self.path)
+
+def delete(path: str | os.PathLike[str] | None) -> None:
+    """The result stands where it was wanted: the checkpoint, if there is one, has done its work."""
+    if path is not None and os.path.exists(path):
+        os.unlink(path)
 
 
 def packed(parts: dict[str, dict[str, Array]]) -> dict[str, Array]:

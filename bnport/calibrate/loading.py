@@ -79,7 +79,10 @@ def _config(path: str) -> tuple[Any, str]:
     except (OSError, KeyError, ValueError, RecursionError) as error:
         if isinstance(error, InvalidValue | FormatError):
             raise
-        raise FormatError(f"{printable(path)}: its model config is not readable: {printable(error, 120)}") from None
+        raise FormatError(
+            f"{printable(path)}: not a model that can be run here ({printable(error, 120)}); this takes a .keras file, or an"
+            " .h5 file that holds a whole Keras model. Any other live Keras model: bnport.calibrate(model, data)"
+        ) from None
 
 
 def _zip_config(path: str) -> tuple[Any, str]:

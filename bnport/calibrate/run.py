@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import itertools
 import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnport.calibrate import data as data_module
-from bnport.calibrate.checkpoint import Checkpoint, fingerprint, packed, unpacked
+from bnport.calibrate import identity
+from bnport.calibrate.checkpoint import Checkpoint, delete, packed, unpacked
 from bnport.calibrate.folder import ImageFolder
 from bnport.calibrate.frontier import Frontier
 from bnport.calibrate.models import LiveModel
 from bnport.calibrate.moments import Moments
 from bnport.calibrate.onepass import METHODS as ONE_PASS
 from bnport.calibrate.onepass import OnePass
+from bnport.calibrate.options import check_options, select
 from bnport.calibrate.result import Calibration, LayerStatistics
-from bnport.calibrate.store import Store, memory_bytes
-from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
+from bnport.calibrate.store import Store, Workspace, memory_bytes
+from bnport.errors import FormatError, InvalidValue, NotFound, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from bnport.calibrate import shards
     from bnport.calibrate.data import Batch, Batches
     from bnport.calibrate.models import Norm
+    from bnport.calibrate.worker import Plan
+    from bnport.record import Array
 
 METHODS = ("population", *ONE_PASS)
 SAVE_EVERY = 30.0  # seconds between checkpoints of a one-pass method
@@ -52,6 +54,7 @@ def calibrate(
     workers: int | None = None,
     address: Any = None,
     progress: Callable[[int, int, str], None] | None = None,
+    keep_checkpoint: bool = False,
 ) -> Calibration:
     """Compute the mean and variance that a live Keras model's BatchNorm layers should hold, from data, and store them.
 
@@ -66,13 +69,16 @@ def calibrate(
     memory:  how much may be kept of activations between rounds ("8GB", bytes; default half of what is free); beyond
              it they go to files in the folder `spill` (default the system's). Only "population" keeps any.
     resume:  a file for checkpoints; if it is there, the run it belongs to is continued, with or without an engine, to the
-             same bits. Written after every round ("population"), else every 30 s. Deleted at the end.
+             same bits. Written after every round ("population"), else every 30 s. Deleted at the end, unless
+             keep_checkpoint. Other data, another order of batches (shuffling) or another model are refused: .identity.
     minimum: fewer samples are refused. limit: stop after so many.
     images:  how a folder of images is decoded and scaled: size, scale, preprocessing, ...: see bnport.calibrate.folder.
     engine:  "local", "dask" or "ray": many processes or machines, for every method, to the same bits as without: see
-             bnport.calibrate.shards and .executors. data must then be a path or a PyDataset that opens its
-             files by itself, and `spill` a folder that all workers reach. workers, address: of the engine.
-    progress: called as progress(done, total, what); total is 0 while unknown.
+             bnport.calibrate.shards and .executors. data must then be a path, or an object that has len() and gives
+             batches by their number (a PyDataset) and pickles into at most 1 MiB, so one that opens its files by itself;
+             `spill` a folder that all workers reach. workers, address: of the engine.
+    progress: called as progress(done, total, what); total is 0 while unknown. bnport.cli.common.progress_bar() makes
+             the command's own display.
 
     Only moving mean and variance change (with renorm also the three arrays that mirror them): all of them or, on any
     error or interruption, none; the result's undo() puts them back. The model runs eagerly, at inference.
@@ -82,8 +88,9 @@ def calibrate(
     """
     if method not in METHODS:
         raise InvalidValue(f"method: expected one of {', '.join(METHODS)}, got {printable(method)!r}")
+    check_options(data, images, engine, workers, address, spill)
     live = LiveModel(model)
-    selected, left = _select(live, layers, frozen)
+    selected, left = select(live, layers, frozen)
     budget = memory_bytes(memory)
     notes: list[str] = []
 
@@ -92,8 +99,6 @@ def calibrate(
         notes.extend(folder.notes)
         return folder
 
-    if images and not (isinstance(data, str | os.PathLike) and os.path.isdir(data)):
-        raise InvalidValue(f"{listed(images)}: options for a folder of images, which the data are not")
     batches = data_module.read(
         data, inputs=live.inputs(), batch_size=batch_size, key=key, minimum=minimum, limit=limit, images=open_images
     )
@@ -112,6 +117,8 @@ def calibrate(
         for norm in live.norms:
             norm.restore()
         raise
+    if not keep_checkpoint:
+        delete(resume)
     if not [norm for norm in selected if norm not in run.unused]:
         raise NotFound(f"{live.what}: none of the {len(selected)} layers is called at inference; nothing was changed")
     left["never called at inference"] = [norm.name for norm in run.unused]
@@ -128,37 +135,10 @@ def calibrate(
         unbiased=unbiased,
         layers=[_statistics(norm, run.counts[norm.name]) for norm in changed],
         left=left,
-        notes=[*notes, *batches.notes, *run.notes],
+        notes=[*notes, *batches.notes, *run.notes, *filter(None, (norm.rounding() for norm in changed))],
         figures={**run.figures, "seconds": time.monotonic() - started},
         undo=undo,
     )
-
-
-def _select(
-    live: LiveModel, layers: str | Iterable[str] | None, frozen: bool
-) -> tuple[list[Norm], dict[str, list[str]]]:
-    patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    names = [norm.name for norm in live.norms]
-    for pattern in patterns or ():
-        if not fnmatch.filter(names, pattern) and pattern not in names:
-            raise NotFound(
-                f"{live.what}: no BatchNorm layer is called {printable(pattern)!r}; there are {listed(names)}"
-            )
-    asked = [
-        norm
-        for norm in live.norms
-        if patterns is None or any(norm.name == p or fnmatch.fnmatchcase(norm.name, p) for p in patterns)
-    ]
-    left = {
-        "not asked for": [norm.name for norm in live.norms if norm not in asked],
-        "frozen (trainable=False; frozen=True includes them)": [n.name for n in asked if n.frozen and not frozen],
-    }
-    selected = [norm for norm in asked if frozen or not norm.frozen]
-    if not selected:
-        raise NotFound(
-            f"{live.what}: all of its {len(asked)} BatchNorm layers are frozen (trainable=False); frozen=True includes them"
-        )
-    return selected, left
 
 
 def _statistics(norm: Norm, n: int) -> LayerStatistics:
@@ -192,31 +172,58 @@ class _Run:
         self.notes: list[str] = []
         self.figures: dict[str, int | float] = {"samples": 0, "batches": 0, "rounds": 1}
         self.checkpoint: Checkpoint | None = None
+        self.order: identity.Order | None = None
         self.engine: _Engine | None = None
 
     def __call__(self) -> None:
+        if self.resume is not None:
+            self._open_checkpoint(self.resume)
         if self.method != "population":
             self._one_pass()
         elif self.engine is None:
             self._population()
         else:
             self._sharded()
-        if self.checkpoint is not None:
-            self.checkpoint.delete()
 
     def _source(self, skip: int = 0) -> Iterator[Batch]:
+        """The batches, counted; of a run that can be resumed each is held against the checkpoint's."""
+        number = skip
         for batch in self.batches.iterate(skip) if skip else self.batches:
+            if self.order is not None:
+                self.order.check(number, identity.of_batch(self.live, batch))
             self.figures["samples"] += len(self.live.tree.flatten(batch)[0])
+            number += 1
             yield batch
+        if self.order is not None:
+            self.order.ended(number)
 
-    def _open_checkpoint(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        """Read one batch, for the fingerprint, and give it back in front of the others."""
-        if self.resume is None:
-            return source
-        first = next(source, None)
-        settings = (self.method, self.unbiased, [norm.name for norm in self.selected], self.batches.fingerprint)
-        self.checkpoint = Checkpoint(self.resume, fingerprint(self.live, first, settings))
-        return source if first is None else itertools.chain([first], source)
+    def _open_checkpoint(self, path: str) -> None:
+        run = identity.of_run(self.live, self.selected, self.batches, self.method, self.unbiased)
+        self.checkpoint = Checkpoint(path, run)
+        state = self.checkpoint.state
+        try:
+            stored = None if state is None else state["digests"]
+        except KeyError:
+            raise FormatError(f"{printable(path)}: has no digests of batches") from None
+        self.order = identity.Order(path, stored, whole=self.method == "population")
+
+    def _save(self, state: dict[str, Array], batches: int) -> None:
+        if self.checkpoint is not None and self.order is not None:
+            from bnport._lazy import np
+
+            counts = {"batches": batches, "samples": self.figures["samples"]}
+            arrays = {name: np.array(int(count)) for name, count in counts.items()}
+            self.checkpoint.save({**state, **arrays, "digests": self.order.to_array()[:batches]})
+
+    def _nothing_to_do(self) -> None:
+        """All layers were known. Files are those that were read; anything else is read once more, to tell."""
+        if self.checkpoint is None or self.checkpoint.state is None:
+            return
+        if not self.batches.by_position:
+            for _ in self._source():
+                pass
+        samples, batches = (int(self.checkpoint.state[key]) for key in ("samples", "batches"))
+        self.figures.update(samples=samples, batches=batches, rounds=0)
 
     def _known(self) -> dict[str, Moments]:
         """What the checkpoint of an interrupted population run holds."""
@@ -231,7 +238,6 @@ class _Run:
         return known
 
     def _population(self) -> None:
-        source = self._open_checkpoint(self._source())
         known = self._known()
         with Store(self.live, self.budget, self.spill) as store:
             frontier = Frontier(
@@ -242,20 +248,21 @@ class _Run:
                 self.notes.append(
                     "the model has no graph of layers (subclassed): one prefix pass per BatchNorm layer, which is slower"
                 )
-            moments = frontier.run(source, self.batches.length or 0)
+            moments = frontier.run(self._source(), self.batches.length or 0)
             self.figures.update(
                 batches=frontier.batches, rounds=frontier.rounds, resident=store.peak, spilled=store.spilled
             )
+        if not frontier.rounds:
+            self._nothing_to_do()
         self.unused = frontier.unused
         self.counts = {name: value.n for name, value in moments.items()}
 
     @contextlib.contextmanager
-    def _plan(self) -> Iterator[shards.Plan]:
+    def _plan(self) -> Iterator[Plan]:
         """What workers are told, with the model in a file, while this is open."""
-        import tempfile
-
         from bnport.calibrate import shards
         from bnport.calibrate.loading import check_config
+        from bnport.calibrate.worker import Plan
 
         assert self.engine is not None
         data, settings = self.engine.data, self.engine.settings
@@ -264,8 +271,8 @@ class _Run:
                 f"{self.batches.name}: with an engine, data must be a path that every worker can open, or an object that"
                 " gives batches by their number (a PyDataset), pickled into less than 1 MiB"
             )
-        with tempfile.TemporaryDirectory(prefix="bnport-", dir=self.spill) as folder:
-            path = os.path.join(folder, "model.keras")
+        with Workspace(self.spill) as folder:
+            path = os.path.join(folder.path, "model.keras")
             self.live.model.save(path)
             try:
                 check_config(path)
@@ -273,9 +280,10 @@ class _Run:
                 raise InvalidValue(
                     f"workers of an engine load the model from a file; they refuse this one: {error}"
                 ) from None
-            yield shards.Plan(
-                os.path.basename(folder), path, self.live.backend, data, settings, self.method,
+            yield Plan(
+                os.path.basename(folder.path), path, self.live.backend, data, settings, self.method,
                 tuple(norm.name for norm in self.selected), self.unbiased, self.budget, self.spill,
+                self.order is not None,
             )  # fmt: skip
 
     def _enough(self, samples: int, minimum: int) -> None:
@@ -287,20 +295,19 @@ class _Run:
 
         assert self.engine is not None
         with self._plan() as plan:
-            if self.resume is not None:
-                next(self._open_checkpoint(self._source()), None)
             known = self._known()
             length = self.batches.length or 0
             pool = pinned.open_workers(self.engine.name, self.engine.workers, self.engine.address)
             try:
                 sharded = shards.Sharded(
-                    plan, length, pool, known=known, progress=self.progress, after_round=self._save_moments
-                )
+                    plan, length, pool, known=known, order=self.order,
+                    progress=self.progress, after_round=self._save_moments,
+                )  # fmt: skip
                 moments = sharded.run()
                 sharded.forget()
             finally:
                 pool.close()
-        if sharded.rounds:  # or all was known: the run that is resumed had read the data
+        if sharded.rounds:
             self._enough(sharded.samples, self.engine.minimum)
         for norm in self.selected:
             if norm.name in moments:
@@ -308,6 +315,8 @@ class _Run:
         self.unused = [norm for norm in self.selected if norm.name not in moments]
         self.counts = {name: value.n for name, value in moments.items()}
         self.figures.update(samples=sharded.samples, batches=length, rounds=sharded.rounds)
+        if not sharded.rounds:
+            self._nothing_to_do()
         if sharded.restarted:
             self.notes.append(f"{sharded.restarted} shards were done again because their worker had died")
 
@@ -316,34 +325,33 @@ class _Run:
             from bnport._lazy import np
 
             parts = {name: {"moments": np.frombuffer(m.to_bytes(), np.uint8)} for name, m in moments.items()}
-            self.checkpoint.save(packed(parts))
+            self._save(packed(parts), len(self.order.digests) if self.order is not None else 0)
 
     def _one_pass(self) -> None:
         run = OnePass(self.live, self.selected, self.method, unbiased=self.unbiased)
-        source = self._open_checkpoint(self._source())
         samples = self._resumed(run)
-        if run.batches and not self.batches.repeatable:
-            source = itertools.islice(source, run.batches, None)
-        elif run.batches:
+        if self.batches.by_position:
             self.figures["samples"] = samples
             source = self._source(run.batches)
+        else:  # those that were seen are read again, to tell that they are the same
+            source = itertools.islice(self._source(), run.batches, None)
         saved = time.monotonic()
 
-        def save() -> None:
+        def save(every: float | None = None) -> None:
             nonlocal saved
-            if self.checkpoint is not None and time.monotonic() - saved >= SAVE_EVERY:
-                from bnport._lazy import np
-
-                state = packed({name: kept.to_arrays() for name, kept in run.kept.items()})
-                counts = {"batches": run.batches, "samples": self.figures["samples"]}
-                self.checkpoint.save({**state, **{name: np.array(count) for name, count in counts.items()}})
+            if time.monotonic() - saved >= (SAVE_EVERY if every is None else every):
+                self._save(packed({name: kept.to_arrays() for name, kept in run.kept.items()}), run.batches)
                 saved = time.monotonic()
 
         if self.engine is None:
             run.run(source, hint=self.batches.length or 0, progress=self.progress, after_batch=save)
         else:
+            if run.batches and not self.batches.by_position:
+                for _ in itertools.islice(self._source(), run.batches):
+                    pass
             self.figures["samples"] = samples
             self._one_pass_sharded(run, save)
+        save(0)  # what becomes of the result is not known yet
         self.unused = run.finish()
         self.figures["batches"] = run.batches
         self.counts = {norm.name: run.count(norm) for norm in self.selected}
@@ -368,7 +376,7 @@ class _Run:
         assert self.engine is not None
         engine, length = self.engine, self.batches.length or 0
         with self._plan() as plan:
-            for samples in shards.one_pass(run, plan, length, engine.name, engine.workers, engine.address):
+            for samples in shards.one_pass(run, plan, length, engine.name, engine.workers, engine.address, self.order):
                 self.figures["samples"] += samples
                 if self.progress is not None:
                     self.progress(run.batches, length, f"batch {run.batches}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,63 @@ def _line(path: str) -> str:
         return file.readline()
 
 
+class Workspace:
+    """A folder of a run's own in `parent` (default the system's temporary folder); `close` removes it.
+
+    A run that is killed leaves its folder behind. Each is named after its process, for people, and holds a file that this
+    process has locked (flock): the system gives the lock up when the process ends, whatever ended it. Making a Workspace
+    removes the folders that lie beside it unlocked. One without the file is left alone: its file system may have no locks.
+    """
+
+    PREFIX = "bnport-run-"
+    LOCK = "in-use"
+
+    def __init__(self, parent: str | None = None) -> None:
+        clear(parent)
+        self._descriptor = -1
+        self.path = tempfile.mkdtemp(prefix=f"{self.PREFIX}{os.getpid()}-", dir=parent)
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            unnamed = os.path.join(self.path, "locking")
+            self._descriptor = os.open(unnamed, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(unnamed, os.path.join(self.path, self.LOCK))  # never there without being locked
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def clear(parent: str | None = None) -> None:
+    """Remove what dead processes have left in `parent`: this user's Workspaces whose lock is free."""
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+
+        with os.scandir(parent or tempfile.gettempdir()) as entries:
+            found = [entry for entry in entries if entry.name.startswith(Workspace.PREFIX)]
+        for entry in found:
+            with contextlib.suppress(OSError):  # somebody else's, or gone already; BlockingIOError: its process lives
+                status = entry.stat(follow_symlinks=False)
+                if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                    continue
+                descriptor = os.open(os.path.join(entry.path, Workspace.LOCK), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+
+
 class _Spilled:
     """Where one tensor lies on disk, and how it becomes a tensor again."""
 
@@ -81,7 +139,9 @@ class Store:
         self.resident = self.peak = self.on_disk = self.disk_peak = self.spilled = 0
         self._values: dict[tuple[int, int], Any] = {}
         self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
-        self._parent, self._folder, self._count = folder, "", 0
+        self._parent, self._count = folder, 0
+        self._folder: Workspace | None = None
+        clear(folder)  # now: a run that spills nothing clears up too
 
     def __enter__(self) -> Store:
         return self
@@ -93,9 +153,9 @@ class Store:
         """Forget everything and remove the folder."""
         self._values.clear()
         self._sizes.clear()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = ""
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
 
     def __contains__(self, key: tuple[int, int]) -> bool:
         return key in self._values
@@ -140,14 +200,14 @@ class Store:
             leaf = leaf.view(sys.modules["torch"].int16)
         array = np.ascontiguousarray(self.live.numpy(leaf))
         try:
-            if not self._folder:
-                self._folder = tempfile.mkdtemp(prefix="bnport-activations-", dir=self._parent)
+            if self._folder is None:
+                self._folder = Workspace(self._parent)
             self._count += 1
-            path = os.path.join(self._folder, f"{self._count}")
+            path = os.path.join(self._folder.path, f"{self._count}")
             with open(path, "xb") as file:
                 file.write(array.reshape(-1).view(np.uint8).data)
         except OSError as error:
-            where = printable(self._folder or self._parent or tempfile.gettempdir())
+            where = printable(self._parent or tempfile.gettempdir())
             raise OutputError(
                 f"activations beyond the memory budget do not fit into {where}: {error.strerror};"
                 " name a larger folder (spill), allow more memory, or use fewer samples"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # option of an adapter's read() -> help; on the command line with dashes
 ADAPTER_OPTIONS = {
     "key": "the entry of a nested checkpoint that holds the weights (state_dict, model_ema, ...)",
-    "stat": "what an ambiguous statistic holds: variance, std or inverse-std",
+    "stat": "what an ambiguous statistic holds: variance, std or inverse-std; stored: of ONNX in training mode",
     "blob_order": "order of a one-channel Caffe layer with five blobs: mean-first or scale-first",
     "absent": "which of gamma and beta the three-array .weights.h5 layers lack: gamma, beta, or bn1=gamma,bn2=beta,...",
     "prototxt": "the .prototxt of a .caffemodel; its epsilon and use_global_stats win",
@@ -137,17 +137,26 @@ def progress_bar(quiet: bool = False) -> Callable[[int, int, str], None] | None:
         return None
     import time
 
-    started = time.monotonic()
-    shown = 0.0
+    first: tuple[float, int] | None = None  # when the work began, and what was done by then (of a resumed run)
+    last, shown = 0, 0.0
 
     def show(done: int, total: int, what: str) -> None:
-        nonlocal shown
+        nonlocal first, last, shown
         now = time.monotonic()
-        if now - shown < 0.1 and done < total:
+        if first is None or done < last:  # the start, or the start of another piece of work
+            first = now, done
+        last = done
+        if now - shown < 0.1 and (done < total or not total):
             return
         shown = now
-        left = f", {(now - started) / done * (total - done):.0f} s left" if 0 < done < total else ""
-        text = "" if done >= total else f"{done}/{total} {printable(what, 60)}{left}"
+        elapsed, new = now - first[0], done - first[1]
+        if total and done >= total:
+            text = ""
+        elif total:
+            left = f", {elapsed / new * (total - done):.0f} s left" if new > 0 else ""
+            text = f"{done}/{total} {printable(what, 60)}{left}"
+        else:
+            text = f"{done} done, {printable(what, 60)}, {elapsed:.0f} s"
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
     return show

@@ -99,18 +99,19 @@ def _calibrated(args: argparse.Namespace) -> int:
     pairing = common.pairing_options(args)
     pairing.pop("target_epsilon")
     pairing.pop("target_options")
-    report = convert_calibrated(
-        args.source,
-        args.target,
-        args.out,
-        args.calibrate,
-        calibration=calibrate.options(chosen),
-        epsilon=args.epsilon,
-        momentum=args.momentum,
-        source_options=common.source_options(args),
-        force=args.force,
-        run=args.run,
-        progress=common.progress_bar(args.json),
-        **pairing,
-    )
+    with calibrate.terminable():
+        report = convert_calibrated(
+            args.source,
+            args.target,
+            args.out,
+            args.calibrate,
+            calibration=calibrate.options(chosen),
+            epsilon=args.epsilon,
+            momentum=args.momentum,
+            source_options=common.source_options(args),
+            force=args.force,
+            run=args.run,
+            progress=common.progress_bar(args.json),
+            **pairing,
+        )
     return common.finish(report, args)
