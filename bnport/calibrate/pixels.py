@@ -108,6 +108,8 @@ def _rows(source: Any, name: str) -> Any:
 
 
 def _converted(value: Any, name: str) -> Array:
+    if type(value) is np.ndarray:  # as it is: to ask whether it is masked would import numpy.ma, 7 ms of a first call
+        return value
     try:
         return to_numpy(value)
     except BnportError as error:
