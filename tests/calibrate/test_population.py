@@ -191,8 +191,9 @@ def test_a_memory_budget_of_nothing_spills_to_disk_and_changes_no_bit(tmp_path):
 def test_a_spill_folder_that_is_not_there_is_an_error_that_changes_nothing(tmp_path):
     model = nets.branches()
     before = nets.held(model)
-    with pytest.raises(OutputError, match="name a larger folder"):
-        calibrate(model, nets.data(), memory=0, spill=str(tmp_path / "absent"))
+    for memory in (0, None):  # also where nothing would be spilled
+        with pytest.raises(OutputError, match="absent: no such folder"):
+            calibrate(model, nets.data(), memory=memory, spill=str(tmp_path / "absent"))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(before, nets.held(model), strict=True))
 
 
