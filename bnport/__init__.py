@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from bnport._lazy import TYPE_CHECKING
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING is, without importing it
 
 if TYPE_CHECKING:
     from bnport.adapters import read

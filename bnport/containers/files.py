@@ -135,8 +135,8 @@ def copy_contents(source: str, out_descriptor: int) -> None:
 def check_output(out: str, *, force: bool = False, inputs: Iterable[str] = ()) -> None:
     """Refuse an output that must not be written, before any work is done.
 
-    Refused: an empty name; a directory, device, FIFO or symbolic link; one of the `inputs`, also by hard link; an existing file
-    without `force`; a missing or unwritable folder.
+    Refused: an empty name; a directory, device, FIFO or symbolic link; one of the `inputs`, also by hard link; an existing
+    file without `force`; a missing or unwritable folder.
     """
     if not out:
         raise OutputError("the output's name is empty; name the file to make")

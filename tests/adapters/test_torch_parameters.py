@@ -121,3 +121,18 @@ def test_a_lazy_state_dict_and_an_ambiguous_key_are_refused_well(tmp_path):
     torch.save({"x.y": state, "x": {"y": dict(state)}}, path)
     with pytest.raises(Question, match="key within a"):
         adapters.read(path, key="x.y")
+
+
+@pytest.mark.parametrize("compiler", ["script", "trace"])
+def test_torchscript_without_affine_has_ones_and_zeros(compiler, tmp_path):
+    module = torch.nn.Sequential(torch.nn.BatchNorm2d(3, affine=False)).eval()
+    module[0].running_var.copy_(torch.tensor([1e-6, 0.5, 3.0]))
+    x = torch.randn(4, 3, 2, 2)
+    compiled = torch.jit.script(module) if compiler == "script" else torch.jit.trace(module, x)
+    compiled.save(str(tmp_path / "m.pt"))
+    for source in (compiled, str(tmp_path / "m.pt")):
+        (layer,) = bnport.read(source).values()
+        assert layer.record.gamma.tolist() == [1, 1, 1]
+        y = np.moveaxis(compiled(x).detach().numpy(), 1, -1)
+        seen = np.moveaxis(x.numpy(), 1, -1)
+        assert (np.abs(layer.record(seen) - y) <= layer.record.error_bound(seen)).all()

@@ -8,7 +8,7 @@ from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.errors import FormatError, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from bnport.containers.tensor import Tensor
 
@@ -152,13 +152,18 @@ def _number(text: str) -> float | None:
 
 
 def given_by(
-    arguments: Mapping[str, Passed], own: Mapping[str, Tensor], shown: str, inplace_abn: bool = False
+    arguments: Mapping[str, Passed],
+    own: Mapping[str, Tensor],
+    shown: str,
+    *,
+    absent: Collection[str] = (),
+    inplace_abn: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """role -> names of the layer's own tensors, as `roles_of` takes it, for the roles that the code decides.
 
     A parameter that the caller gives is decided by name: tracing passes tied ones in from the module that has them first,
-    and pruned ones from the hook that computes them. So is InPlaceABN's weight, which is no gamma.
-    Raises FormatError for any other expression, and for statistics that
+    and pruned ones from the hook that computes them. So is InPlaceABN's weight, which is no gamma. `absent` are the
+    attributes that hold None. Raises FormatError for any other expression, and for statistics that
     are not the layer's running_mean and running_var.
     """
     found: dict[str, tuple[str, ...]] = {}
@@ -169,7 +174,7 @@ def given_by(
             continue
         if passed.from_outside and (role in own or all(name in own for name in pair) or f"{role}_g" in own):
             continue
-        if passed.literal == "None":
+        if passed.literal == "None" or (passed.attribute in absent and not role.startswith("running")):
             names: tuple[str, ...] = ()
         elif passed.attribute in own:
             names = (passed.attribute,)

@@ -117,7 +117,6 @@ def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[L
             if kernel is None or kernel.name != plain.get(fed_by):
                 kernel = module_kernel(model.get_submodule(fed_by), plain[fed_by]) if fed_by else None
             kernel = kernel and kernel._replace(guessed=False, refuted=False)
-            kernel = kernel and kernel._replace(guessed=False)
         layers.append(_layer(plain[name], module, where, inplace_abn, kernel, inputs, exported.get(id(module))))
     others = sum(_is_instance_norm(module) for module in model.modules())
     if others:

@@ -106,7 +106,8 @@ def _layer(
         if (tensor := checkpoint.tensor(value, f"{name}.{last}")) is not None
     }
     size = own["running_mean"].size if "running_mean" in own else 0
-    given = given_by(says.arguments, own, shown, bool(inplace_abn))
+    absent = [last for last, value in state.items() if value is None]
+    given = given_by(says.arguments, own, shown, absent=absent, inplace_abn=bool(inplace_abn))
     roles = roles_of(own, _parametrized(state), shown, size, given)
     tensors = by_role(own, roles, name)
     notes = list(roles.notes)

@@ -100,7 +100,8 @@ def held_by(module: Any, name: str, where: str, inplace_abn: bool, exported: Exp
         own, given = exported.taken(own, shown)
     tensors = {n: t for n, value in own.items() if (t := tensor_of(value, f"{name}.{n}")) is not None}
     if says.arguments:
-        given = given_by(says.arguments, tensors, shown, inplace_abn)
+        absent = [last for last in ("weight", "bias") if getattr(module, last, ...) is None]
+        given = given_by(says.arguments, tensors, shown, absent=absent, inplace_abn=bool(inplace_abn))
     mean = own.get("running_mean")
     channels = mean.numel() if mean is not None else getattr(module, "num_features", 0)
     roles = roles_of(tensors, (), shown, channels, given)
