@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations, prune, weight_norm
 
+import bnport
 from bnport import adapters, convert, set_weights, verify
 from bnport.errors import BnportError, FormatError, InvalidValue, Question
 from tests.adapters.contract import telling_record
