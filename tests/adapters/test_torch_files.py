@@ -97,7 +97,9 @@ def test_a_checkpoint_without_batchnorm_is_empty_and_says_so(tmp_path):
     ):
         layers = adapters.read(saved(value, tmp_path))
         assert not layers
-        assert "no running statistics (running_mean and running_var) anywhere in it" in layers.notes
+        (said,) = layers.notes
+        assert said.startswith("no running statistics (running_mean and running_var) anywhere in it. If its BatchNorm")
+        assert "--calibrate DATA" in said
 
 
 # ---- prefixes

@@ -49,7 +49,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".tar", ".jit", ".safetensors")
 PACKAGES = ("torch",)
 
-_NONE_FOUND = "no running statistics (running_mean and running_var) anywhere in it"
+STATE_WITHOUT = (
+    "If its BatchNorm has track_running_stats=False, a state dict does not show it: save the module itself"
+    " (torch.save(model, path)) or export it to ONNX, and use bnport convert --calibrate DATA."
+)
+_NONE_FOUND = f"no running statistics (running_mean and running_var) anywhere in it. {STATE_WITHOUT}"
 
 
 def recognise(head: bytes, path: str) -> bool:

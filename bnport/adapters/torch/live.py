@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
+from bnport.adapters.torch import STATE_WITHOUT
 from bnport.adapters.torch.layers import FIELD_OF, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
 from bnport.adapters.torch.parameters import REMEDIES, STATISTICS, by_role, roles_of
@@ -64,7 +65,7 @@ def read_live(source: Any, key: str | None, inplace_abn: bool | None, epsilon: f
         found = [f for f in found if f.tensors is not None or any(norms_of(f.value))]
     model, notes = chosen(found, key, where)
     if model is None:
-        return Layers(source=where, format="torch", notes=[*notes, ABSENT])
+        return Layers(source=where, format="torch", notes=[*notes, f"{ABSENT}. {STATE_WITHOUT}"])
     if model.tensors is not None:
         layers, more = layers_of_state(model.tensors, _versions(model.value), where, inplace_abn, epsilon)
     else:
