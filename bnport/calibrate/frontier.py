@@ -27,14 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 from bnport.calibrate.graph import DATA, needed, steps_of
 from bnport.calibrate.looking import Looking, run, same_name
+from bnport.calibrate.models import below
 from bnport.calibrate.moments import Moments, merge_all
-from bnport.errors import InvalidValue, Unrepresentable
+from bnport.errors import InvalidValue, Unrepresentable, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from bnport.calibrate.graph import Step
     from bnport.calibrate.models import LiveModel, Norm
+    from bnport.calibrate.states import Held
     from bnport.calibrate.store import Store
 
     Progress = Callable[[int, int, str], None]
@@ -139,7 +141,7 @@ class Frontier:
             while self.open:
                 have = self._round(have, source)
                 source = None
-        for norm in self._given if self.live.version == 2 else ():  # it updates what a model calls with training=True
+        for norm in self._given:  # Keras updates what a model itself calls with training=True
             norm.write(self.moments[norm.name].mean, self.moments[norm.name].variance(self.unbiased))
         return self.moments
 
@@ -162,6 +164,10 @@ class Frontier:
     def _round(self, have: set[int], source: Iterator[Any] | None) -> set[int]:
         """One pass over all batches, from the values in `have` to those that are returned, which the store now holds."""
         plan = self._plan(have)
+        carried = self._carried()
+        for held, users in carried:
+            if not self.executed.intersection(users):  # it begins to go over the data, perhaps once more
+                held.restore()
         if not any(looking for _, looking in plan):
             raise self._loop()
         run_now = {id(step) for step, looking in plan if looking is None}
@@ -192,6 +198,8 @@ class Frontier:
                         targets[id(step)] = looking.targets(self.open)
                     if targets[id(step)]:
                         looking.measure(inputs, targets[id(step)])
+                if step.written:
+                    self._only_before(step, values)
                 del inputs
                 for key in (*step.inputs, *step.outputs):
                     if last_use.get(key, -1) <= index and key not in keep:
@@ -203,6 +211,12 @@ class Frontier:
                     self.store.put(key, number, values[key])
             self._advance(len(plan), what)
         self.executed |= run_now
+        for held, users in carried:
+            if held.kind == "state" and users & self.executed and users - self.executed and not held.same():
+                raise InvalidValue(
+                    f"{printable(held.name)}: keeps a state from call to call, and is called at several places of the model,"
+                    " which this method does not run in the order of inference; use method='precise'"
+                )
         self.rounds += 1
         for step, looking in plan:
             if looking is not None:
@@ -211,6 +225,26 @@ class Frontier:
                 self.looking[id(step)].uses[k].done = True  # type: ignore[index]
         self._conclude()
         return (have | made) & keep
+
+    def _carried(self) -> list[tuple[Held, set[int]]]:
+        """What a batch may leave behind for the next, and the ids of the steps that may use it."""
+        held = [] if self.live.states is None else self.live.states.carried()
+        if not held:
+            return []
+        users = {id(step): {id(layer) for layer in below(step.layer)} for step in self.steps if step.layer is not None}
+        return [(h, {key for key, layers in users.items() if not h.owners or h.owners & layers}) for h in held]
+
+    def _only_before(self, step: Step, values: dict[int, Any]) -> None:
+        """Refuse a step that works in place on what a later one reads; the earlier ones have been given the original."""
+        flatten = self.live.tree.flatten
+        places = {_place(leaf) for key in step.written for leaf in flatten(values[key])} - {None}
+        shared = {key for key, value in values.items() if any(_place(leaf) in places for leaf in flatten(value))}
+        for later in self.steps[self.steps.index(step) + 1 :]:
+            if shared.intersection(later.inputs):
+                raise InvalidValue(
+                    f"{printable(step.name)}: writes to the tensor that it is given, which {printable(later.name)} reads"
+                    " afterwards, so that its value depends on the order of the two; let it work on a copy"
+                )
 
     def _finished(self, step: Step, plan: list[tuple[Step, Looking | None]]) -> bool:
         """Whether a BatchNorm layer's input is not wanted after this round: measured, and its output leads nowhere."""
@@ -254,3 +288,8 @@ class Frontier:
     def _what(self, plan: list[tuple[Step, Looking | None]]) -> str:
         norms = [norm for _, looking in plan if looking is not None for norm in looking.norms if id(norm) in self.open]
         return f"round {self.rounds + 1} of {self.expected_rounds} ({same_name(norms)})"
+
+
+def _place(tensor: Any) -> int | None:
+    """Where the memory begins that a tensor of torch lies in, whatever part of it; None where there is none."""
+    return tensor.untyped_storage().data_ptr() if hasattr(tensor, "untyped_storage") else None

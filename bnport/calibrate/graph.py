@@ -14,6 +14,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from bnport.calibrate.models import below
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -41,9 +43,11 @@ class Step:
     run:             list of input values -> flat sequence of output values.
     norms:           the BatchNorm layers that it may call.
     whole:           True for a BatchNorm layer itself; False where they are somewhere inside.
+    layer:           what is called; None for what the graph itself does with its inputs and outputs.
+    written:         keys of inputs that it was seen to work on in place (torch; it was given a copy).
     """
 
-    __slots__ = ("inputs", "name", "norms", "outputs", "run", "whole")
+    __slots__ = ("inputs", "layer", "name", "norms", "outputs", "run", "whole", "written")
 
     def __init__(
         self,
@@ -53,15 +57,11 @@ class Step:
         run: Run,
         norms: tuple[Norm, ...],
         whole: bool,
+        layer: Any = None,
     ) -> None:
-        self.name, self.inputs, self.outputs, self.run, self.norms, self.whole = (
-            name,
-            inputs,
-            outputs,
-            run,
-            norms,
-            whole,
-        )
+        self.name, self.inputs, self.outputs, self.run = name, inputs, outputs, run
+        self.norms, self.whole, self.layer = norms, whole, layer
+        self.written: set[Key] = set()
 
     def __repr__(self) -> str:
         return f"Step({self.name}, {self.inputs} -> {self.outputs})"
@@ -76,7 +76,48 @@ def steps_of(live: LiveModel) -> tuple[list[Step], bool]:
             return builder.steps, True
     except (AttributeError, KeyError, TypeError, ValueError):  # another version's internals
         pass
-    return [Step(live.what, (DATA,), (DATA + 1,), lambda v: [live.call(v[0])], tuple(live.norms), False)], False
+    return [whole_model(live)], False
+
+
+def whole_model(live: LiveModel) -> Step:
+    """The model as one step."""
+
+    def call(values: list[Any]) -> Sequence[Any]:
+        return [live.call(values[0])]
+
+    step = Step(live.what, (DATA,), (DATA + 1,), call, tuple(live.norms), False, live.model)
+    return _on_copies(live, step)
+
+
+def _on_copies(live: LiveModel, step: Step) -> Step:
+    """Where a layer may work in place on a tensor that others read, it is given a copy of it.
+
+    Only tensors of torch can be written to, and Keras' own layers do not: others keep what they are given.
+    """
+    if live.backend != "torch" or step.layer is None or not any(_is_foreign(layer) for layer in below(step.layer)):
+        return step
+    run = step.run
+
+    def copied(values: list[Any]) -> Sequence[Any]:
+        copies = [live.tree.map_structure(live.copied, value) for value in values]
+        try:
+            return run(copies)
+        finally:
+            for key, copy in zip(step.inputs, copies, strict=True):
+                if any(getattr(leaf, "_version", 0) for leaf in live.tree.flatten(copy)):
+                    step.written.add(key)
+
+    step.run = copied
+    return step
+
+
+def _is_foreign(layer: Any) -> bool:
+    """Whether a layer runs code that is not Keras'."""
+    codes = [type(layer), getattr(layer, "activation", None)]
+    if type(layer).__name__ in ("Lambda", "TorchModuleWrapper"):
+        return True
+    modules = [getattr(code, "__module__", None) or type(code).__module__ for code in codes if code is not None]
+    return any(module.split(".")[0] not in ("keras", "tf_keras") for module in modules)
 
 
 class _Builder:
@@ -97,11 +138,12 @@ class _Builder:
         inputs: tuple[Key, ...],
         count: int,
         run: Run,
-        norms: tuple[Norm, ...] = (),
-        whole: bool = False,
+        layer: Any = None,
     ) -> tuple[Key, ...]:
         outputs = self.keys(count)
-        self.steps.append(Step(name, inputs, outputs, run, norms, whole))
+        norms = () if layer is None else self.inside(layer)
+        whole = id(layer) in self.by_layer and norms[0].plain
+        self.steps.append(_on_copies(self.live, Step(name, inputs, outputs, run, norms, whole, layer)))
         return outputs
 
     def inside(self, layer: Any) -> tuple[Norm, ...]:
@@ -203,7 +245,7 @@ class _Builder:
             flat: Sequence[Any] = self.live.tree.flatten(operation(*args, **kwargs))
             return flat
 
-        outputs = self.add(operation.name, keys, len(node.outputs), run, inner, id(operation) in self.by_layer)
+        outputs = self.add(operation.name, keys, len(node.outputs), run, operation)
         known.update((id(x), key) for x, key in zip(node.outputs, outputs, strict=True))
 
     # ---- Keras 2
@@ -251,7 +293,7 @@ class _Builder:
             flat: Sequence[Any] = self.live.tree.flatten(layer(*args, **kwargs))
             return flat
 
-        outputs = self.add(layer.name, keys, len(node.flat_output_ids), run, inner, id(layer) in self.by_layer)
+        outputs = self.add(layer.name, keys, len(node.flat_output_ids), run, layer)
         known.update(zip(node.flat_output_ids, outputs, strict=True))
 
 

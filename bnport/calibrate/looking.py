@@ -6,7 +6,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.calibrate.models import Stop, hooked
+from bnport.calibrate.hooks import hooked
+from bnport.calibrate.models import Stop
 from bnport.calibrate.moments import Tree
 from bnport.errors import BnportError, InvalidValue, listed, printable
 
@@ -138,7 +139,10 @@ class Looking:
         return found
 
     def _calls(self, inputs: list[Any], spoiled: int | None) -> tuple[list[Norm], list[bytes]]:
-        """The layers called, in order, and a digest of each input, the output of call number `spoiled` made NaN."""
+        """The layers called, in order, and a digest of each input, the output of call number `spoiled` made NaN.
+
+        A layer that keeps a state sees this batch again later: the state is put back.
+        """
         import hashlib
 
         calls: list[Norm] = []
@@ -152,7 +156,7 @@ class Looking:
             return out * float("nan") if len(calls) - 1 == spoiled else out
 
         try:
-            with hooked(self.norms, hook):
+            with self.live.untouched(), hooked(self.norms, hook):
                 run(self.step, inputs)
         except Stop as stop:
             if stop.error is not None:

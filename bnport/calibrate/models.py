@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 from bnport._lazy import np
 from bnport.adapters.keras.live import find
 from bnport.calibrate.moments import Moments, moments
+from bnport.calibrate.states import States
 from bnport.errors import InvalidValue, NotFound, Unrepresentable, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterator
 
     from bnport.record import Array
 
-    Hook = Callable[["Norm", Callable[..., Any], Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+_PRECISION = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # half a unit in the last place
 
 
 class Stop(BaseException):
@@ -45,9 +47,15 @@ class Norm:
     name:     the layer's name, or outer/inner for one inside another model, as everywhere in bnport.
     channels: C.
     axis:     the channel axis of its input.
+    base:     the class of Keras whose call() normalises.
+    dtype:    of the statistics; precision: the largest relative error of rounding to it, subnormals apart.
+    plain:    False for a subclass with a call() of its own, which may do anything before and after that one.
     """
 
-    __slots__ = ("axis", "before", "channels", "epsilon", "frozen", "layer", "momentum", "name", "renorm")
+    __slots__ = (
+        "axis", "base", "before", "channels", "dtype", "epsilon", "exact", "frozen", "layer", "momentum", "name", "plain",
+        "precision", "renorm",
+    )  # fmt: skip
 
     def __init__(self, layer: Any, name: str) -> None:
         self.layer, self.name = layer, name
@@ -64,7 +72,12 @@ class Norm:
         self.momentum = float(layer.momentum)
         self.frozen = not layer.trainable
         self.renorm = bool(getattr(layer, "renorm", False))
+        self.base, self.plain = _base(layer)
         self.before = self._snapshot()
+        self.exact: tuple[Array, Array] | None = None  # what was written last, before rounding
+        dtype = layer.moving_variance.dtype
+        self.dtype: str = getattr(dtype, "name", None) or str(dtype)
+        self.precision = _PRECISION.get(self.dtype, 2.0**-53)
 
     def _variables(self) -> list[Any]:
         names = ["moving_mean", "moving_variance"]
@@ -80,12 +93,22 @@ class Norm:
         mean, variance = self._snapshot()[:2]
         return mean.astype(np.float64), variance.astype(np.float64)
 
+    def affine(self) -> tuple[Array, Array]:
+        """(gamma, beta) in float64: ones and zeros where the layer has none."""
+        given = (self.layer.gamma if self.layer.scale else None, self.layer.beta if self.layer.center else None)
+        gamma, beta = (
+            np.full(self.channels, missing) if variable is None else np.array(variable.numpy()).astype(np.float64)
+            for variable, missing in zip(given, (1.0, 0.0), strict=True)
+        )
+        return gamma, beta
+
     def write(self, mean: Array, variance: Array) -> None:
         """Store float64 (C,) statistics, rounded once to the layer's dtype.
 
         With renorm the three training-only arrays are set to agree, as the layer would have left them:
         moving_stddev = renorm_stddev = sqrt(variance + epsilon), renorm_mean = mean.
-        Raises Unrepresentable if a value does not fit the dtype.
+        Raises Unrepresentable if a value does not fit the dtype: too large, or a variance so small that rounding moves
+        variance + epsilon by more than the dtype's precision (to 0 without epsilon, or by its subnormals).
         """
         values = [mean, variance]
         if self.renorm:
@@ -100,6 +123,35 @@ class Norm:
                     f"{printable(self.name)}: statistics up to {np.abs(value).max():.3g} do not fit its {old.dtype} variables"
                 )
             variable.assign(rounded)
+        self._check_small(variance)
+        self.exact = mean, variance
+
+    def _check_small(self, exact: Array) -> None:
+        _, stored = self.read()
+        moved = np.abs(stored - exact)
+        bad = (moved > 1.001 * self.precision * (exact + self.epsilon)) | (
+            (stored == 0) & (exact > 0) & (self.epsilon == 0)
+        )
+        if bad.any():
+            channel = int(np.argmax(bad))
+            raise Unrepresentable(
+                f"{printable(self.name)}: a variance of {exact[channel]:.3g} (channel {channel}) becomes {stored[channel]:.3g}"
+                f" in its {self.dtype} variables, and epsilon {self.epsilon:.3g} does not make up for it; give the layer"
+                " dtype float32 (or a mixed_... policy), or leave it out with layers="
+            )
+
+    def rounding(self) -> str:
+        """How far variables of 16 bits are from what was computed, for the report; empty for wider ones, or if not written."""
+        if self.exact is None or self.precision < 2.0**-20:
+            return ""
+        mean, variance = self.read()
+        std = np.sqrt(self.exact[1] + self.epsilon)
+        moved = np.divide(np.abs(mean - self.exact[0]), std, out=np.zeros_like(std), where=std > 0).max()
+        error = np.divide(np.abs(variance - self.exact[1]), std**2, out=np.zeros_like(std), where=std > 0).max()
+        return (
+            f"{self.name}: its statistics are {self.dtype}, rounded by up to {error:.1e} of the variance + epsilon and"
+            f" {moved:.1e} standard deviations of the mean"
+        )
 
     def restore(self) -> None:
         """Put back, bit for bit, what the layer held when this object was made."""
@@ -117,6 +169,7 @@ class LiveModel:
         self.backend: str = self.keras.backend.backend() if self.version == 3 else "tensorflow"
         self.tree: Any = self.keras.tree if self.version == 3 else sys.modules["tensorflow"].nest
         self.norms = self._find_norms()
+        self.states: States | None = None  # while it is running
         self._stack = contextlib.ExitStack()
 
     def _find_norms(self) -> list[Norm]:
@@ -155,22 +208,16 @@ class LiveModel:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Eager inference without gradients; everything but BatchNorm statistics is as before when it ends.
-
-        Put back are seed generators advanced by a layer that draws at inference (dropout called with training=True), and
-        the states of stateful recurrent layers.
-        """
-        states = self._states()
-        with contextlib.ExitStack() as self._stack:
+        """Eager inference without gradients; everything but BatchNorm statistics is as before when it ends: states.py."""
+        with contextlib.ExitStack() as self._stack, States(self) as self.states:
             if self.backend == "torch":
                 self._stack.enter_context(sys.modules["torch"].no_grad())
-            if any(_has_functions(layer) for layer in _below(self.model)):
+            if any(_has_functions(layer) for layer in self.layers()):
                 self.open_functions()
             try:
                 yield
             finally:
-                for variable, value in states:
-                    variable.assign(value)
+                self.states = None
                 clear = getattr(self.model, "_clear_losses", None)
                 if clear is not None:
                     clear()
@@ -191,14 +238,17 @@ class LiveModel:
         return True
 
     def _states(self) -> list[tuple[Any, Array]]:
-        states: list[Any] = []
-        for layer in _below(self.model):
-            states += [generator.state for generator in getattr(layer, "_seed_generators", ())]
-            generator: Any = getattr(getattr(layer, "_random_generator", None), "_generator", None)  # Keras 2
-            states += [generator.state] if hasattr(generator, "state") else []
-            if getattr(layer, "stateful", False):  # what a recurrent layer carries from batch to batch
-                states += [x for x in self.tree.flatten(getattr(layer, "states", None)) if hasattr(x, "assign")]
-        return [(state, np.array(state.numpy())) for state in states]
+        """The variables that one batch may change for the next, and what they hold now; while `running`."""
+        carried = [] if self.states is None else self.states.carried()
+        return [(held.variable, np.array(self.numpy(held.now()))) for held in carried]
+
+    def untouched(self) -> contextlib.AbstractContextManager[None]:
+        """What runs while this is open leaves nothing behind for the next batch."""
+        return contextlib.nullcontext() if self.states is None else self.states.untouched()
+
+    def layers(self) -> list[Any]:
+        """The model and every layer inside it, each once."""
+        return below(self.model)
 
     def call(self, inputs: Any) -> Any:
         """The model at inference on one batch, eagerly."""
@@ -219,6 +269,25 @@ class LiveModel:
         if self.backend == "tensorflow":
             return sys.modules["tensorflow"].convert_to_tensor(array)
         return self.keras.ops.convert_to_tensor(array)
+
+    def output_dtype(self, norm: Norm, x: Any) -> str:
+        """What a layer makes of the tensor `x`: its compute dtype in Keras 3, the input's in Keras 2."""
+        name: str = norm.layer.compute_dtype if self.version == 3 else x.dtype.name
+        return name
+
+    def cast(self, tensor: Any, dtype: str) -> Any:
+        """A tensor in another dtype."""
+        if self.version == 3:
+            return self.keras.ops.cast(tensor, dtype)
+        return sys.modules["tensorflow"].cast(tensor, dtype)
+
+    def copied(self, x: Any) -> Any:
+        """A tensor or array that can be written to without changing `x`, with its mask; anything else as it is."""
+        if hasattr(x, "detach"):
+            mask = self.mask_of(x)
+            copy = x.detach().clone()
+            return copy if mask is None else self.set_mask(copy, mask)
+        return np.array(x) if isinstance(x, np.ndarray) else x
 
     def mask_of(self, tensor: Any) -> Any:
         """The Keras mask that travels with a tensor, or None."""
@@ -304,32 +373,16 @@ def _unmasked(array: Array, axis: int, mask: Array) -> Array:
     return np.stack([flat[keep[:, c], c] for c in range(flat.shape[1])], axis=1)
 
 
-@contextlib.contextmanager
-def hooked(norms: Iterable[Norm], hook: Hook) -> Iterator[None]:
-    """While open, a call of one of these layers is hook(norm, the layer's own call, inputs, mask, args, kwargs).
-
-    The instance is given a `call` of its own for that time; its class, and every other instance, is untouched.
-    """
-    given: list[tuple[dict[str, Any], Any]] = []
-    try:
-        for norm in {id(norm): norm for norm in norms}.values():
-            space = norm.layer.__dict__
-            given.append((space, space.get("call")))
-            space["call"] = _interceptor(norm, norm.layer.call, hook)
-        yield
-    finally:
-        for space, old in given:
-            if old is None:
-                space.pop("call", None)
-            else:
-                space["call"] = old
-
-
-def _interceptor(norm: Norm, original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return hook(norm, original, inputs, kwargs.get("mask"), args, kwargs)
-
-    return call
+def _base(layer: Any) -> tuple[type, bool]:
+    """The class of Keras whose call() a BatchNorm layer has or inherits, and whether that is what calling it runs."""
+    own = "call" in vars(layer)
+    for base in type(layer).__mro__:
+        if base.__module__.split(".")[0] in ("keras", "tf_keras"):
+            if "call" in vars(base):
+                return base, not own
+        elif "call" in vars(base) or "__call__" in vars(base):
+            own = True
+    return type(layer), True
 
 
 def _keras_of(model: Any) -> Any:
@@ -351,9 +404,8 @@ def _has_functions(layer: Any) -> bool:
     return any(hasattr(value, "get_concrete_function") for name, value in own.items() if not name.endswith("_function"))
 
 
-def _below(layer: Any) -> list[Any]:
+def below(layer: Any) -> list[Any]:
     """A layer and every layer inside it, each once."""
-    found: list[Any] = (
-        layer._flatten_layers(include_self=True, recursive=True) if hasattr(layer, "_flatten_layers") else []
-    )
-    return found
+    if not hasattr(layer, "_flatten_layers"):  # an operation without weights
+        return [layer]
+    return list(layer._flatten_layers(include_self=True, recursive=True))

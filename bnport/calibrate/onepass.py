@@ -15,8 +15,14 @@ A layer that is called several times in a batch counts every call, in order. A b
 leaves no position) has n_b = 0 and is left out; there the layer normalises by what was stored before the run.
 
 Only BatchNorm is put into training: dropout and the like stay at inference, so that nothing random enters. Batch
-statistics are computed in float64 and stored into the layer before it is called at inference; Keras' own training call
-computes them in float32, and is off by 500 times the variance at mean / std = 1e4 on TensorFlow.
+statistics are computed in float64; Keras' own training call computes them in float32, and is off by 500 times the variance
+at mean / std = 1e4 on TensorFlow. Nor is what a selected layer hands on left to Keras, which rounds the mean to float32
+first, by up to 3e-4 standard deviations there. With h = float32(m_b), l = float32(m_b - h), s = float32(gamma /
+sqrt(v_b + epsilon)), and all in float32 (float64 for a layer of float64)::
+
+    y = ((x - h) - l) * s + beta        every element within 3 * 2**-23 * (|y - beta| + |y|) of exact
+
+masked positions too, as Keras has it; then cast to the layer's compute dtype.
 
 No batch's statistics depend on another batch. All three sums are therefore taken of values that merge (moments.Moments,
 averages.Updates), in the fixed tree over the batches' numbers: runs of 2**k batches may be measured by different processes,
@@ -30,9 +36,10 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from bnport._lazy import np
 from bnport.calibrate.averages import Updates, UpdatesTree
-from bnport.calibrate.graph import DATA, Step, steps_of
+from bnport.calibrate.graph import steps_of, whole_model
+from bnport.calibrate.hooks import hooked
 from bnport.calibrate.looking import Looking, run
-from bnport.calibrate.models import Stop, hooked
+from bnport.calibrate.models import Stop
 from bnport.calibrate.moments import Moments, Tree
 from bnport.calibrate.tree import Value
 from bnport.errors import BnportError, FormatError, InvalidValue, printable
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from bnport.calibrate.frontier import Progress
+    from bnport.calibrate.graph import Step
     from bnport.calibrate.models import LiveModel, Norm
     from bnport.calibrate.tree import FixedTree
     from bnport.record import Array
@@ -178,7 +186,7 @@ _KINDS: dict[str, Callable[[Norm, bool], Pooled | Averaged]] = {
 
 
 class OnePass:
-    """One run of `method`; `run` does it. The layers hold the last batch's statistics until `finish`.
+    """One run of `method`; `run` does it. The layers hold what they held until `finish`.
 
     batches: how many have been seen, this run's and those of the run it resumes.
     """
@@ -193,15 +201,28 @@ class OnePass:
             call = self.live.moments(norm, x, mask)
             self.kept[norm.name].add(call)
             if call.n:
-                norm.write(call.mean, call.variance())
-            else:  # not by an earlier batch's
-                norm.restore()
+                return self._normalised(norm, x, call)
         except Stop:
             raise
         except BnportError as error:
             text = str(error)
             raise Stop(type(error)(text if text.startswith(norm.name) else f"{printable(norm.name)}: {text}")) from None
+        norm.restore()  # Keras updates what a model itself calls with training=True
         return original(x, *args, **kwargs)
+
+    def _normalised(self, norm: Norm, x: Any, call: Moments) -> Any:
+        """The layer's output for one batch, normalised by its moments: the formula of the module."""
+        live = self.live
+        dtype = np.dtype("float64" if "float64" in str(x.dtype) else "float32")
+        gamma, beta = norm.affine()
+        high = call.mean.astype(dtype)
+        low = (call.mean - high + call.mean_low).astype(dtype)
+        with np.errstate(divide="ignore"):  # a constant channel without epsilon: not finite, as Keras has it
+            scale = (gamma / np.sqrt(call.variance() + norm.epsilon)).astype(dtype)
+        shape = [1] * len(x.shape)
+        shape[norm.axis] = norm.channels
+        h, rest, s, b = (live.tensor(array.reshape(shape)) for array in (high, low, scale, beta.astype(dtype)))
+        return live.cast(((live.cast(x, dtype.name) - h) - rest) * s + b, live.output_dtype(norm, x))
 
     def run(
         self,
@@ -212,7 +233,8 @@ class OnePass:
         after_batch: Callable[[], None] | None = None,
     ) -> None:
         """Put all batches through the model. `hint` is their number if known (0: not), for progress."""
-        step: Step = _whole(self.live)
+        step = whole_model(self.live)
+        resumed = self.batches > 0
         steps, _ = steps_of(self.live)
         if any(step.norms and not step.whole for step in steps):
             batches = self._looked_into(step, iter(batches))  # before the hooks below are in place
@@ -225,12 +247,24 @@ class OnePass:
                 for kept in self.kept.values():
                     kept.end_batch()
                 self.batches += 1
+                if resumed:
+                    self._independent()
                 if progress is not None:
                     progress(self.batches, max(hint, self.batches) if hint else 0, f"batch {self.batches}")
                 if after_batch is not None:
                     after_batch()
         if not self.batches:
             raise InvalidValue("no data: there was not a single batch")
+
+    def _independent(self) -> None:
+        """Refuse to go on in the middle of the data where a batch depends on those before it."""
+        carried = [] if self.live.states is None else self.live.states.carried()
+        changed = [held.name for held in carried if held.kind == "state" and not held.same()]
+        if changed:
+            raise InvalidValue(
+                f"{printable(changed[0])}: keeps a state from batch to batch, which the checkpoint does not hold; delete the"
+                " checkpoint and start anew"
+            )
 
     def _looked_into(self, step: Step, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches; on the first it was seen whether every layer can be reached: if not, tf.functions run eagerly."""
@@ -264,7 +298,3 @@ class OnePass:
             else:
                 unused.append(norm)
         return unused
-
-
-def _whole(live: LiveModel) -> Step:
-    return Step(live.what, (DATA,), (DATA + 1,), lambda values: [live.call(values[0])], (), False)

@@ -135,7 +135,7 @@ def calibrate(
         unbiased=unbiased,
         layers=[_statistics(norm, run.counts[norm.name]) for norm in changed],
         left=left,
-        notes=[*notes, *batches.notes, *run.notes],
+        notes=[*notes, *batches.notes, *run.notes, *filter(None, (norm.rounding() for norm in changed))],
         figures={**run.figures, "seconds": time.monotonic() - started},
         undo=undo,
     )
