@@ -10,9 +10,9 @@
     states.py, hooks.py       what else a model holds and keeps; standing in for the calls of its layers
     frontier.py, looking.py, store.py            the population method, its activations in memory and on disk
     onepass.py                the methods that make one pass
-    shards.py                 one calibration over many workers
+    shards.py, worker.py      one calibration over many workers: who hands out and merges, and what a worker does
     run.py, result.py, checkpoint.py, file.py    the call, its report, resuming, model files
-    images.py                 mean and standard deviation of images
+    images.py, pixels.py, decoding.py            mean and standard deviation of images, in arrays and in files
 
 On 1,000 machines, over a billion images
 ----------------------------------------
