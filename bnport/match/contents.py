@@ -16,9 +16,10 @@ PROBES = 2  # shapes whose kernels are compared to find out whether the target's
 def pairs(state: Alignment) -> dict[int, int]:
     """source -> target for every kernel that is found exactly once on each side; empty if none was ported.
 
-    A kernel that is only guessed to feed its layer does not count where guesses do not: which kernel it is would be
-    certain, but not whose. Only the kernels of the least shapes are read first; the others only if one of those is
-    equal. Kernels of a single value (an initialiser of zeros or ones) tell nothing.
+    A kernel that is only guessed to feed its layer does not count where guesses do not, or where one side has kernels for
+    as many channels that the other has not: which kernel it is would be certain, but not whose. Only the kernels of the
+    least shapes are read first; the others only if one of those is equal. Kernels of a single value (an initialiser of
+    zeros or ones) tell nothing.
     """
     sides = state.source.layers, state.target.layers
     by_shape: dict[object, tuple[list[int], list[int]]] = {}
@@ -41,11 +42,29 @@ def pairs(state: Alignment) -> dict[int, int]:
             digest = _digest(layers, node, seen[at]) if state.kernel(layer) is not None else None
             if digest is not None:
                 found[at].setdefault(digest, []).append(node)
+    doubted = _doubted(sides, found)
     return {
         nodes[0]: found[1][digest][0]
         for digest, nodes in found[0].items()
-        if len(nodes) == 1 and len(found[1].get(digest, ())) == 1
+        if len(nodes) == 1 and len(found[1].get(digest, ())) == 1 and sides[0][nodes[0]].channels not in doubted
     }
+
+
+def _doubted(sides: tuple[list[Layer], list[Layer]], found: list[dict[bytes, list[int]]]) -> set[int]:
+    """The channel counts of which some kernel is guessed and not all kernels are on both sides.
+
+    Where a guess is off by one layer, the kernel at one end of the row feeds none of them.
+    """
+    out: set[int] = set()
+    for here, there, layers in ((found[0], found[1], sides[0]), (found[1], found[0], sides[1])):
+        out.update(
+            layers[node].channels
+            for digest, nodes in here.items()
+            for node in nodes
+            if len(there.get(digest, ())) != len(nodes)
+        )
+    guessed = {layer.channels for side in sides for layer in side if layer.kernel and layer.kernel.guessed}
+    return out & guessed
 
 
 def _size(layer: Layer) -> int:

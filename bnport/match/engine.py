@@ -30,7 +30,7 @@ class Side:
     def __init__(self, layers: Mapping[str, Layer], keep: Sequence[str]) -> None:
         self.names = list(keep)
         self.index = {name: i for i, name in enumerate(keep)}
-        self.layers = [layers[name] for name in keep]
+        self.layers = guesses.proved([layers[name] for name in keep])
         self.tokens = [names.tokens(name) for name in keep]
         self.numbering = names.numbering(self.names)
         self.graph = graphs.build(layers, self.index)
@@ -235,11 +235,13 @@ class Alignment:
         parts = cut(group, (s_low, s_high), (t_low, t_high), f"{group.how}, in the same order")
         if len(parts) > 1:
             return parts
-        for side, other, low, high in (
-            (self.source, self.target, s_low, s_high),
-            (self.target, self.source, t_low, t_high),
+        for side, other, members, low, high in (
+            (self.source, self.target, group.sources, s_low, s_high),
+            (self.target, self.source, group.targets, t_low, t_high),
         ):
-            if side.graph is None and other.graph is not None and ties.defined_as_executed(self, side):
+            if side.graph is not None or other.graph is None or not ties.defined_as_executed(self, side):
+                continue
+            if not names.counted_otherwise([side.tokens[m] for m in members]):
                 ranks = list(range(len(low)))  # the order of definition is total, and true wherever it was seen
                 low[:], high[:] = ranks, ranks
                 return cut(group, (s_low, s_high), (t_low, t_high), f"{group.how}, defined in the order of execution")
@@ -322,9 +324,8 @@ def align(source: Side, target: Side, forced: Mapping[str, tuple[str, str]], fir
     given = {target.index[t]: (source.index[s], why) for t, (s, why) in forced.items()}
     held = {t: pair for t, pair in given.items() if target.names[t] in firm}
     ordered = not guesses.refuted(source.layers) and not guesses.refuted(target.layers)
-    trusted = ordered and guesses.shown(source.layers) and guesses.shown(target.layers)
-    state = _aligned(source, target, given, held, guesses=trusted, ordered=ordered)
-    if trusted and guesses.contradicted(state):
+    state = _aligned(source, target, given, held, guesses=ordered, ordered=ordered)
+    if ordered and guesses.contradicted(state):
         state = _aligned(source, target, given, held, guesses=False, ordered=False)
     for part in state.parts():
         ties.same_numbers(state, part)

@@ -5,9 +5,10 @@ network may be defined the same way and called the other way round (conv1, bn1, 
 conv2), and with square kernels nothing in the file shows it. So a guess counts only
 
 0. if no shape in the file refutes it (`Kernel.refuted`, found by the adapter);
-1. if a guessed kernel of the same side fits no other way: what feeds another layer than it follows has as many inputs
-   as that layer has channels, so one that has more or fewer inputs than outputs shows that this side defines the kernel
-   before the layer it feeds;
+1. if a guessed kernel of a module of the same kind fits no other way: what feeds another layer than it follows has as
+   many inputs as that layer has channels, so one that has more or fewer inputs than outputs shows that such a module
+   defines the kernel before the layer it feeds (modules of other kinds may not: a stem is often conv, bn where the
+   pre-activation blocks after it are not); and in a torch.nn.Sequential, which calls its children in their order;
 2. for the channel counts of which both sides have the same kernels, each equally often;
 3. if the pairs that follow keep the order of definition, which is where the guess comes from: no layer is paired with
    one before the pair of a layer that is defined earlier.
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bnport.match import names
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable, Sequence
 
     from bnport.layer import Kernel, Layer
     from bnport.match.engine import Alignment
@@ -29,10 +32,46 @@ def refuted(layers: Iterable[Layer]) -> bool:
     return any(layer.kernel is not None and layer.kernel.refuted for layer in layers)
 
 
-def shown(layers: Iterable[Layer]) -> bool:
-    """Whether no kernel of this side is guessed, or one of those fits only as guessed."""
-    guessed = [layer.kernel for layer in layers if layer.kernel is not None and layer.kernel.guessed]
-    return not guessed or any(_fits_only_here(kernel) for kernel in guessed)
+def proved(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers, without the guessed kernels of modules of which none shows that the guess is right there.
+
+    Modules are of one kind if their BatchNorm layers and kernels have the same names in them, and they lie under the same
+    child of the model, or under children that differ in numbers only (`layer1` and `layer2`).
+    """
+    if not any(layer.kernel is not None and layer.kernel.guessed for layer in layers):
+        return list(layers)
+    held: dict[str, list[Layer]] = {}
+    for layer in layers:
+        held.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    kinds = {parent: _kind(parent, inside) for parent, inside in held.items()}
+    shown = {
+        kinds[parent]
+        for parent, inside in held.items()
+        if any(each.kernel is not None and each.kernel.guessed and _fits_only_here(each.kernel) for each in inside)
+    }
+    return [
+        layer if _counts(layer) or kinds[layer.name.rpartition(".")[0]] in shown else layer.but(kernel=None)
+        for layer in layers
+    ]
+
+
+def _kind(parent: str, inside: Sequence[Layer]) -> Hashable:
+    """What modules of one kind share: where they lie, but for numbers, and the names in them."""
+    top = names.tokens(parent.partition(".")[0])
+    own = len(parent) + 1 if parent else 0
+    within = tuple((each.name[own:], each.kernel and each.kernel.name[own:]) for each in inside)
+    return tuple((kind, "" if kind else value) for kind, value in top), within
+
+
+def _counts(layer: Layer) -> bool:
+    """Whether a layer's kernel needs no proof: not guessed, or in a torch.nn.Sequential, whose children are numbers."""
+    kernel = layer.kernel
+    if kernel is None or not kernel.guessed:
+        return True
+    parent, _, own = layer.name.rpartition(".")
+    above = f"{parent}." if parent else ""
+    beside = kernel.name.removeprefix(above).partition(".")[0]  # the kernel itself, or a module that ends with it
+    return own.isdigit() and kernel.name.startswith(above) and beside.isdigit()
 
 
 def _fits_only_here(kernel: Kernel) -> bool:

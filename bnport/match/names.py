@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
     from typing import TypeAlias
 
     from bnport.layer import Layer
@@ -91,6 +91,22 @@ def intervals(names: Sequence[Sequence[Token]]) -> tuple[list[int], list[int]]:
     return low, high
 
 
+def counted_otherwise(names: Sequence[Sequence[Token]]) -> bool:
+    """Whether two of the names, which are in the order of definition, are numbered in the other order."""
+    work = [(list(range(len(names))), 0)]
+    while work:
+        members, depth = work.pop()
+        children: dict[Token, list[int]] = {}
+        for i in members:
+            children.setdefault(names[i][depth] if depth < len(names[i]) else END, []).append(i)
+        for kind in ("#", "@"):
+            ordered = sorted((k, v) for k, v in children.items() if k[0] == kind)
+            if any(a[-1] > b[0] for (_, a), (_, b) in itertools.pairwise(ordered)):
+                return True
+        work += [(child, depth + 1) for key, child in children.items() if key != END and len(child) > 1]
+    return False
+
+
 def numbering(names: Sequence[str]) -> list[int | None]:
     """The number a framework gave to each automatically named layer (`batch_normalization_7`), else None.
 
@@ -151,10 +167,13 @@ def equal(
     None if less than half of the smaller side's names have an equal (a `bn1` on both sides may be chance), or if most of
     the layers that share a name do not fit each other. Automatic names (`batch_normalization_7`) count
     only if every one of them has its equal and they all fit: they say in which order layers were made, not what for.
+    Names that both sides count, but one from 0 and the other from 1, do not count: what has one name is not one layer.
     rivals: where names fit under several prefixes (`student.bn` and `teacher.bn` to `bn`) and none of them stands out,
     each prefix with the names of the targets that it would have given.
     """
     common, rivals = _same(sources, free_s, targets, free_t)
+    shifted = _counted_from_elsewhere(free_s, free_t, common)
+    common = {t: s for t, s in common.items() if t not in shifted}
     if 2 * len(common) < min(len(free_s), len(free_t)) or not common:
         return {}, rivals
     automatic = {t for t in common if re.fullmatch(r"(?:.*/)?batch_?norm(?:alization)?\w*?(?:_?\d+)?", t.lower())}
@@ -195,6 +214,32 @@ def _same(
     if len(found) == 1 or len(whole) == 1:
         return (whole or list(found.values()))[0], {}
     return {}, {prefix: list(pairs) for prefix, pairs in found.items()}
+
+
+def _counted_from_elsewhere(free_s: Sequence[str], free_t: Sequence[str], common: Mapping[str, str]) -> set[str]:
+    """The targets of `common` in rows of names (`bn0`, `bn1` and `bn1`, `bn2`) that are the same but for where they begin."""
+    if not common:
+        return set()
+    t, s = next(iter(common.items()))
+    rows: tuple[dict[Hashable, dict[int, str]], dict[Hashable, dict[int, str]]] = ({}, {})
+    for row, free, prefix in zip(rows, (free_s, free_t), (s[: -len(t)], t[: -len(s)]), strict=True):
+        for name in free:
+            found = tokens(name[len(prefix) :]) if name.startswith(prefix) else ()
+            for at, (kind, value) in enumerate(found):
+                if kind == "#":
+                    row.setdefault((found[:at], found[at + 1 :]), {})[int(value)] = name
+    out: set[str] = set()
+    both_left = len(common) < min(len(free_s), len(free_t))
+    for key, targets in rows[1].items():
+        sources = rows[0].get(key)
+        if sources is None or min(sources) == min(targets):
+            continue
+        offset = min(sources) - min(targets)
+        if {number + offset for number in targets} == set(sources) or (
+            both_left and {min(sources), min(targets)} == {0, 1}
+        ):
+            out.update(targets.values())
+    return out
 
 
 def _fit(source: Layer, target: Layer, *, kernels: bool) -> bool:

@@ -297,20 +297,23 @@ def mostly_decided(state: Alignment) -> bool:
 
 
 def defined_as_executed(state: Alignment, side: Side) -> bool:
-    """Whether the definitions of `side`, which has no graph, follow the other side's graph at every decided edge."""
+    """Whether the definitions of `side`, which has no graph, follow the other side's graph at every decided edge.
+
+    A row of more than `SEEN` edges must be among them: the order of a shorter one is too often right by chance.
+    """
     here = state.back if side is state.source else state.pairs
     graph = state.target.graph if side is state.source else state.source.graph
     assert graph is not None
     if not state.ordered or not mostly_decided(state):
         return False
-    seen = 0
-    for node, before in enumerate(graph.inputs):
-        for b in before:
+    length: dict[int, int] = {}  # of the longest row of decided layers that ends with each, in edges
+    for node in graph.order:
+        for b in graph.inputs[node]:
             if node in here and b in here and b not in graph.cyclic:
                 if here[b] >= here[node]:
                     return False
-                seen += 1
-    return seen >= SEEN
+                length[node] = max(length.get(node, 0), length.get(b, 0) + 1)
+    return max(length.values(), default=0) > SEEN
 
 
 def same_numbers(state: Alignment, group: Group) -> bool:

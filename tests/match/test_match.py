@@ -292,3 +292,71 @@ def test_of_two_prefixes_the_one_counts_under_which_all_layers_fit():
     found = match(sources, layers(layer("bn1", 8), layer("bn2", 7)), skip="a.*")
     assert found.pairs == {"bn1": "b.bn1", "bn2": "b.bn2"}
     assert match(sources, layers(layer("bn1", 8), layer("bn2", 7))).pairs == {"bn1": "b.bn1", "bn2": "b.bn2"}
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0)])
+def test_names_counted_from_0_and_from_1_are_not_taken_for_equal(prefix, ends):
+    first, second = ([f"bn{i + start}" for i in range(5)] for start in ends)
+    sources, targets = chain([prefix + n for n in first]), chain(second)
+    assert match(sources, targets).pairs == dict(zip(targets, sources, strict=True))
+    unordered = [{n: each.but(inputs=None) for n, each in side.items()} for side in (sources, targets)]
+    assert match(*unordered).pairs == dict(zip(targets, sources, strict=True))
+
+
+def test_names_that_are_equal_stay_so_where_one_side_has_more_of_them():
+    found = match(layers(*(layer(f"bn{i}") for i in (1, 2, 3))), layers(*(layer(f"bn{i}") for i in (2, 3))))
+    assert found.pairs == {"bn2": "bn2", "bn3": "bn3"}
+
+
+def test_a_stem_does_not_prove_the_guesses_of_blocks_of_another_kind():
+    blocks = [guessed(f"blocks.{b}.{n}", 8, (8, 8, k, k)) for b in "ab" for n, k in (("bn1", 3), ("bn2", 1))]
+    targets = layers(
+        layer("s", 8, (8, 3, 3, 3)), *(layer(n, 8, (8, 8, k, k)) for n, k in (("x", 3), ("y", 1), ("z", 3), ("w", 1)))
+    )
+    targets = layers(*targets.values(), layer("e", 4, (4, 8, 1, 1)))
+    found = match(layers(guessed("bn", 8, (8, 3, 3, 3)), *blocks, guessed("end.bn", 4, (4, 8, 1, 1))), targets)
+    assert set(found.pairs) == {"e"}  # all of 8 channels are alike: of some no kernel is known
+    shown = [each.but(kernel=each.kernel._replace(guessed=False)) for each in blocks]
+    found = match(layers(guessed("bn", 8, (8, 3, 3, 3)), *shown, guessed("end.bn", 4, (4, 8, 1, 1))), targets)
+    assert found.pairs["s"] == "bn"
+
+
+def test_guesses_in_a_sequential_need_no_proof():
+    sources = layers(guessed("1", 8, (8, 8, 3, 3)), guessed("4", 8, (8, 8, 1, 1)))
+    for n, conv in (("1", "0"), ("4", "3")):
+        sources[n] = sources[n].but(kernel=sources[n].kernel._replace(name=conv))
+    assert match(sources, layers(layer("x", 8, (8, 8, 3, 3)), layer("y", 8, (8, 8, 1, 1)))).pairs == {
+        "x": "1",
+        "y": "4",
+    }
+
+
+def test_guessed_kernels_of_equal_contents_do_not_decide_where_one_end_of_the_row_is_on_one_side_only():
+    rng = np.random.default_rng(0)
+    stem, *rest = (rng.normal(size=(8, 4 if i == 0 else 8, 3, 3)) for i in range(5))
+
+    def fed(name, value, *, guess):
+        each = layer(name, 8, None if value is None else value.shape, values=None if value is None else lambda: value)
+        return each.but(kernel=each.kernel._replace(guessed=True)) if guess else each
+
+    sources = layers(
+        fed("bn0", stem, guess=True), *(fed(f"bn{c}", k, guess=True) for c, k in zip("abcd", rest, strict=True))
+    )
+    called = [stem, None, *rest[:3]]  # bn, conv in each block: each is fed by the kernel of the block before
+    targets = layers(*(fed(n, k, guess=False) for n, k in zip("vwxyz", called, strict=True)))
+    assert match(sources, targets).pairs.keys() <= {"v"}
+    right = layers(*(fed(n, k, guess=False) for n, k in zip("vwxyz", [stem, *rest], strict=True)))
+    assert match(sources, right).pairs == dict(zip("vwxyz", sources, strict=True))
+
+
+def test_the_order_of_definition_does_not_decide_what_is_numbered_the_other_way_round():
+    ends = [layer(f"e{c}", 10 + i) for i, c in enumerate("abcdef")]
+    sources = layers(*ends, layer("block.1.bn"), layer("block.0.bn"))
+    names = [f"t{c}" for c in "abcdefgh"]
+    targets = layers(
+        *(layer(n, (*range(10, 16), 8, 8)[i], None, names[i - 1 : i] if i else ()) for i, n in enumerate(names))
+    )
+    assert len(match(sources, targets).ambiguous) == 1
+    renamed = layers(*ends, layer("block.one.bn"), layer("block.two.bn"))
+    assert match(renamed, targets).pairs["tg"] == "block.one.bn"
