@@ -107,7 +107,8 @@ class Alignment:
         """What two layers must share to be candidates: channels, and the kernel where both sides know it alike.
 
         For the layers of one channel count the kernel counts if no kernel is unknown there, or as many on both sides.
-        Where one is guessed, it counts if both sides have the same kernels, each equally often.
+        Where one is guessed, it counts if both sides have the same kernels, each equally often; and if a graph can show
+        that a guess is off by one layer, where the one at the end of the row has none.
         """
         sides = [[(layer.channels, kernel_key(self.kernel(layer))) for layer in side.layers] for side in self._sides()]
         keys: dict[int, tuple[Counter[object], Counter[object]]] = {}
@@ -117,7 +118,10 @@ class Alignment:
         guessed = {
             layer.channels for side in self._sides() for layer in side.layers if layer.kernel and layer.kernel.guessed
         }
-        counts = {c: s == t if c in guessed else s[None] == t[None] for c, (s, t) in keys.items()}
+        drawn = any(side.graph is not None for side in self._sides())
+        counts = {
+            c: s == t and (drawn or None not in s) if c in guessed else s[None] == t[None] for c, (s, t) in keys.items()
+        }
         plain = [[(c, key if counts[c] else "any") for c, key in side] for side in sides]
         fed = [[self.kernel(layer) for layer in side.layers] for side in self._sides()]
         before = [[kernel.before if kernel else None for kernel in side] for side in fed]

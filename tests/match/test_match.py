@@ -261,20 +261,20 @@ def guessed(name, channels, shape, **changes):
 
 def test_guessed_kernels_that_contradict_the_order_they_come_from_do_not_decide():
     stem = ("stem", 4, (4, 3, 3, 3))
-    sources = layers(guessed(*stem), guessed("a.bn", 8, (8, 8, 3, 3)), guessed("b.bn", 8, (8, 8, 1, 1)))
+    sources = layers(guessed(*stem), guessed("a_bn", 8, (8, 8, 3, 3)), guessed("b_bn", 8, (8, 8, 1, 1)))
     targets = layers(
         layer("s", 4, (4, 3, 3, 3), ()), layer("x", 8, (8, 8, 1, 1), ["s"]), layer("y", 8, (8, 8, 3, 3), ["x"])
     )
     found = match(sources, targets)
-    assert [(g.targets, g.sources) for g in found.ambiguous] == [(("x", "y"), ("a.bn", "b.bn"))]
+    assert [(g.targets, g.sources) for g in found.ambiguous] == [(("x", "y"), ("a_bn", "b_bn"))]
     facts = layers(*(each.but(kernel=each.kernel._replace(guessed=False)) for each in sources.values()))
-    assert match(facts, targets).pairs == {"s": "stem", "x": "b.bn", "y": "a.bn"}
+    assert match(facts, targets).pairs == {"s": "stem", "x": "b_bn", "y": "a_bn"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"refuted": True}])
 def test_guessed_kernels_that_nothing_confirms_or_something_refutes_do_not_decide(changes):
     stem = [guessed("stem", 4, (4, 3, 3, 3), **changes)] if changes else []
-    sources = layers(*stem, *(guessed(n, 8, (8, 8, k, k), **changes) for n, k in (("a.bn", 3), ("b.bn", 1))))
+    sources = layers(*stem, *(guessed(n, 8, (8, 8, k, k), **changes) for n, k in (("a_bn", 3), ("b_bn", 1))))
     targets = layers(*([layer("s", 4)] if stem else []), layer("x", 8, (8, 8, 3, 3)), layer("y", 8, (8, 8, 1, 1)))
     assert len(match(sources, targets).ambiguous) == 1
 
@@ -340,14 +340,14 @@ def test_guessed_kernels_of_equal_contents_do_not_decide_where_one_end_of_the_ro
         each = layer(name, 8, None if value is None else value.shape, values=None if value is None else lambda: value)
         return each.but(kernel=each.kernel._replace(guessed=True)) if guess else each
 
-    sources = layers(
-        fed("bn0", stem, guess=True), *(fed(f"bn{c}", k, guess=True) for c, k in zip("abcd", rest, strict=True))
-    )
+    first = fed("bn0", stem, guess=True)
+    sources = [first, *(fed(f"bn{c}", k, guess=True) for c, k in zip("abcd", rest, strict=True))]
     called = [stem, None, *rest[:3]]  # bn, conv in each block: each is fed by the kernel of the block before
-    targets = layers(*(fed(n, k, guess=False) for n, k in zip("vwxyz", called, strict=True)))
-    assert match(sources, targets).pairs.keys() <= {"v"}
+    targets = [fed(n, k, guess=False) for n, k in zip("vwxyz", called, strict=True)]
+    found = match(layers(*sources, layer("bne")), layers(*targets, layer("u")))
+    assert found.pairs.keys() <= {"v"}
     right = layers(*(fed(n, k, guess=False) for n, k in zip("vwxyz", [stem, *rest], strict=True)))
-    assert match(sources, right).pairs == dict(zip("vwxyz", sources, strict=True))
+    assert match(layers(*sources), right).pairs == dict(zip("vwxyz", layers(*sources), strict=True))
 
 
 def test_the_order_of_definition_does_not_decide_what_is_numbered_the_other_way_round():
@@ -360,3 +360,39 @@ def test_the_order_of_definition_does_not_decide_what_is_numbered_the_other_way_
     assert len(match(sources, targets).ambiguous) == 1
     renamed = layers(*ends, layer("block.one.bn"), layer("block.two.bn"))
     assert match(renamed, targets).pairs["tg"] == "block.one.bn"
+
+
+def test_names_counted_from_1_are_not_equal_to_those_from_0_where_both_sides_have_others_too():
+    sources = layers(layer("layer1.downsample.1"), layer("layer1.bn1"), layer("layer1.bn2"))
+    targets = layers(layer("bn0", 8, None, ()), layer("bn1", 8, None, ["bn0"]), layer("bn2", 8, None, ()))
+    assert match(sources, targets).pairs == {}
+
+
+@pytest.mark.parametrize(("before", "decided"), [(4, False), (5, True)])
+def test_a_short_row_defined_as_executed_says_nothing_about_the_rest(before, decided):
+    widths = [*range(10, 10 + before), 8, 8, 7]
+    sources = layers(*(layer(f"bn_{n}", c) for n, c in zip("hgfedcba"[-len(widths) :], widths, strict=True)))
+    names = [f"t{n}" for n in "qrstuvwx"[: len(widths)]]
+    edges = [names[i - 1 : i] for i in range(len(names))]
+    targets = layers(*(layer(n, c, None, e) for n, c, e in zip(names, widths, edges, strict=True)))
+    found = match(sources, targets)
+    assert found.ok == decided
+    assert not decided or found.pairs == dict(zip(targets, sources, strict=True))
+
+
+def test_guessed_kernels_count_only_where_both_sides_have_the_same_ones():
+    sources = layers(guessed("stem", 4, (4, 3, 3, 3)), guessed("a", 8, (8, 8, 3, 3)), guessed("b", 8, (8, 8, 1, 1)))
+    targets = layers(layer("s", 4), layer("x", 8, (8, 8, 3, 3)), layer("y", 8, (8, 8, 5, 5)))
+    assert [group.targets for group in match(sources, targets).ambiguous] == [("x", "y")]
+
+
+def test_a_guess_for_all_but_one_layer_does_not_place_that_one_without_a_graph():
+    sources = layers(guessed("stem", 4, (4, 3, 3, 3)), layer("a"), guessed("b", 8, (8, 8, 3, 3)))
+    targets = layers(layer("s", 4), layer("x", 8, (8, 8, 3, 3)), layer("y"))
+    assert [group.targets for group in match(sources, targets).ambiguous] == [("x", "y")]
+
+
+def test_a_word_that_stands_for_another_layer_on_the_other_side_shows_that_words_mislead():
+    sources = layers(layer("a.pool"), layer("b"), layer("c.left", 9))
+    assert match(sources, layers(layer("x.pool"), layer("y"), layer("z", 9))).pairs["x.pool"] == "a.pool"
+    assert len(match(sources, layers(layer("x.pool"), layer("y.left"), layer("z", 9))).ambiguous) == 1
