@@ -36,9 +36,10 @@ def proved(layers: Sequence[Layer]) -> list[Layer]:
     """The layers, without the guessed kernels of modules of which none shows that the guess is right there.
 
     Modules are of one kind if their BatchNorm layers and kernels have the same names in them, and they lie under the same
-    child of the model, or under children that differ in numbers only (`layer1` and `layer2`).
+    child of the model, or under children that differ in numbers only (`layer1` and `layer2`). Where guesses are refuted
+    none counts, and all are kept, so that it is known.
     """
-    if not any(layer.kernel is not None and layer.kernel.guessed for layer in layers):
+    if refuted(layers) or not any(layer.kernel is not None and layer.kernel.guessed for layer in layers):
         return list(layers)
     held: dict[str, list[Layer]] = {}
     for layer in layers:

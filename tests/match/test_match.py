@@ -295,7 +295,7 @@ def test_of_two_prefixes_the_one_counts_under_which_all_layers_fit():
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-@pytest.mark.parametrize("ends", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0), (4, 2)])
 def test_names_counted_from_0_and_from_1_are_not_taken_for_equal(prefix, ends):
     first, second = ([f"bn{i + start}" for i in range(5)] for start in ends)
     sources, targets = chain([prefix + n for n in first]), chain(second)
@@ -388,7 +388,8 @@ def test_guessed_kernels_count_only_where_both_sides_have_the_same_ones():
 
 def test_a_guess_for_all_but_one_layer_does_not_place_that_one_without_a_graph():
     sources = layers(guessed("stem", 4, (4, 3, 3, 3)), layer("a"), guessed("b", 8, (8, 8, 3, 3)))
-    targets = layers(layer("s", 4), layer("x", 8, (8, 8, 3, 3)), layer("y"))
+    sources["b"] = sources["b"].but(kernel=sources["b"].kernel._replace(name="conv"))
+    targets = layers(layer("s", 4), layer("x"), layer("y", 8, (8, 8, 3, 3)))
     assert [group.targets for group in match(sources, targets).ambiguous] == [("x", "y")]
 
 
@@ -396,3 +397,38 @@ def test_a_word_that_stands_for_another_layer_on_the_other_side_shows_that_words
     sources = layers(layer("a.pool"), layer("b"), layer("c.left", 9))
     assert match(sources, layers(layer("x.pool"), layer("y"), layer("z", 9))).pairs["x.pool"] == "a.pool"
     assert len(match(sources, layers(layer("x.pool"), layer("y.left"), layer("z", 9))).ambiguous) == 1
+
+
+def test_known_kernels_of_equal_contents_decide_though_others_were_not_ported():
+    one, two, three = (np.random.default_rng(i).normal(size=(8, 8, 3, 3)) for i in range(3))
+    sources = layers(*(layer(n, 8, v.shape, values=lambda v=v: v) for n, v in (("a", two), ("b", one))))
+    targets = layers(*(layer(n, 8, v.shape, values=lambda v=v: v) for n, v in (("x", one), ("y", three))))
+    assert match(sources, targets).pairs == {"x": "b", "y": "a"}
+
+
+def test_refuted_guesses_and_their_order_decide_nothing_whatever_the_contents():
+    value = [np.random.default_rng(i).normal(size=(8, 8, 3, 3)) for i in range(2)]
+    widths = (10, 11, 8, 12, 8, 13)
+
+    def side(names, **changes):
+        found, left = [], iter(value)
+        for name, width in zip(names, widths, strict=True):
+            held = next(left) if width == 8 else None
+            each = layer(name, width, (8, 8, 3, 3) if width == 8 else None, values=lambda held=held: held)
+            found.append(each.but(kernel=each.kernel._replace(**changes)) if width == 8 else each)
+        return layers(*found)
+
+    targets = side([f"t{c}" for c in "abcdef"])
+    assert match(side([f"s{c}" for c in "abcdef"]), targets).ok
+    found = match(side([f"s{c}" for c in "abcdef"], guessed=True, refuted=True), targets)
+    assert [group.targets for group in found.ambiguous] == [("tc", "te")]
+    bare = layers(*(each.but(kernel=None) for each in targets.values()))
+    assert match(layers(*(each.but(kernel=None) for each in side([f"s{c}" for c in "abcdef"]).values())), bare).ok
+    found = match(side([f"s{c}" for c in "abcdef"], guessed=True, refuted=True), bare)
+    assert [group.targets for group in found.ambiguous] == [("tc", "te")]
+
+
+def test_a_kernel_that_may_be_grouped_proves_no_guess():
+    sources = layers(*(guessed(n, 24, (24, 8, k, k)) for n, k in (("a", 3), ("b", 5))))
+    targets = layers(*(layer(n, 24, (24, 8, k, k)) for n, k in (("x", 3), ("y", 5))))
+    assert len(match(sources, targets).ambiguous) == 1
