@@ -334,7 +334,8 @@ def test_a_terminated_command_cleans_up_and_keeps_its_checkpoint(files, tmp_path
     model, rows, out = files
     (tmp_path / "spill").mkdir()
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "from bnport.calibrate import run\n"
         "from bnport.cli import common, main\n"
         "def slow(done, total, what):\n"
