@@ -80,7 +80,7 @@ def sha256(path: str) -> str:
 def _hashed(path: str, wanted: Callable[[], object]) -> str:
     import hashlib
 
-    digest, block = hashlib.sha256(), bytearray(1 << 18)
+    digest, block = hashlib.sha256(), bytearray(1 << 21)  # large: between blocks the thread waits for its turn
     with open(path, "rb", buffering=0) as file:
         while wanted() and (count := file.readinto(block)):
             digest.update(memoryview(block)[:count])
