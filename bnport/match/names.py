@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     from bnport.layer import Layer
@@ -70,29 +70,29 @@ def intervals(names: Sequence[Sequence[Token]]) -> tuple[list[int], list[int]]:
     """
     count = len(names)
     low, high = [0] * count, [count - 1] * count
-    work = [(list(range(count)), 0)]
-    while work:
-        members, depth = work.pop()
-        children: dict[Token, list[int]] = {}
-        for i in members:
-            children.setdefault(names[i][depth] if depth < len(names[i]) else END, []).append(i)
-        for kind in ("#", "@"):
-            ordered = sorted((k, v) for k, v in children.items() if k[0] == kind)
-            if any(a[-1] > b[0] for (_, a), (_, b) in itertools.pairwise(ordered)):
-                continue  # defined in another order than numbered: neither counts
-            before, after = 0, sum(len(v) for _, v in ordered)
-            for _, child in ordered:
-                after -= len(child)
-                for i in child:
-                    low[i] += before
-                    high[i] -= after
-                before += len(child)
-        work += [(child, depth + 1) for key, child in children.items() if key != END and len(child) > 1]
+    for ordered, agrees in _partings(names):
+        if not agrees:
+            continue  # defined in another order than numbered: neither counts
+        before, after = 0, sum(len(group) for group in ordered)
+        for group in ordered:
+            after -= len(group)
+            for i in group:
+                low[i] += before
+                high[i] -= after
+            before += len(group)
     return low, high
 
 
 def counted_otherwise(names: Sequence[Sequence[Token]]) -> bool:
     """Whether two of the names, which are in the order of definition, are numbered in the other order."""
+    return any(not agrees for _, agrees in _partings(names))
+
+
+def _partings(names: Sequence[Sequence[Token]]) -> Iterator[tuple[list[list[int]], bool]]:
+    """Wherever names part by a number or a counting letter: who goes which way, and whether the definition's order agrees.
+
+    The groups of positions are in counting order.
+    """
     work = [(list(range(len(names))), 0)]
     while work:
         members, depth = work.pop()
@@ -100,11 +100,9 @@ def counted_otherwise(names: Sequence[Sequence[Token]]) -> bool:
         for i in members:
             children.setdefault(names[i][depth] if depth < len(names[i]) else END, []).append(i)
         for kind in ("#", "@"):
-            ordered = sorted((k, v) for k, v in children.items() if k[0] == kind)
-            if any(a[-1] > b[0] for (_, a), (_, b) in itertools.pairwise(ordered)):
-                return True
+            ordered = [group for _, group in sorted((k, v) for k, v in children.items() if k[0] == kind)]
+            yield ordered, all(a[-1] < b[0] for a, b in itertools.pairwise(ordered))
         work += [(child, depth + 1) for key, child in children.items() if key != END and len(child) > 1]
-    return False
 
 
 def numbering(names: Sequence[str]) -> list[int | None]:
