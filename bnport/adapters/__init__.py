@@ -24,7 +24,7 @@ HEAD_BYTES = 4096
 
 
 class Adapter(Protocol):
-    """What an adapter module defines. `write`, `patches`, `apply` and `run` may be missing where they make no sense."""
+    """What an adapter module defines; all but `recognise` and `read` may be missing where they make no sense."""
 
     __name__: str
     SUFFIXES: tuple[str, ...]  # ".pth", ...: file names it reads; several adapters may share one
@@ -41,13 +41,19 @@ class Adapter(Protocol):
         """
 
     def write(self, target: str, changes: Mapping[str, Change], out: str, **options: Any) -> None:
-        """Make, at the new path `out`, a copy of the file `target` with the changes; all else stays byte for byte."""
+        """Make, at the new path `out`, a copy of the file `target` with the changes; all else stays byte for byte.
+
+        An adapter whose Layers carry what it has `opened` takes that as an option of this name, here and in `patches`.
+        """
 
     def patches(self, target: str, changes: Mapping[str, Change], **options: Any) -> list[Patch]:
         """The changes as bytes at offsets of the file `target`, for changing it in place.
 
         Raises InvalidValue where the file would have to become longer or be rewritten.
         """
+
+    def read_back(self, model: Any) -> Layers:
+        """`read` of a live object that was just written to, without what only pairing wants."""
 
     def apply(self, model: Any, changes: Mapping[str, Change], **options: Any) -> None:
         """Write the changes into a live object: all, or on any error none."""
