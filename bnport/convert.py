@@ -101,8 +101,8 @@ def convert(
         return report.planned()
     adapter = adapters.load(targets.format)
     reading = {**(target_options or {}), "format": targets.format, "epsilon": target_epsilon}
-    unknown = run is None and any(_UNKNOWN in note for layer in sources.values() for note in layer.notes)
-    original = _source_engine(source, epsilon, source_options) if run or unknown else None
+    own_code = run is None and any(layer.own_code for layer in sources.values())
+    original = _source_engine(source, epsilon, source_options) if run or own_code else None
     if path is None:
         if not hasattr(adapter, "apply"):
             raise InvalidValue(f"{targets.source}: bnport cannot write into a live {targets.format} object")
@@ -145,9 +145,6 @@ def convert(
         else:
             replace_file(destination, build, check, force=force, inputs=inputs)
     return results[0]
-
-
-_UNKNOWN = "what it computes is not known"  # of a live layer whose code is its user's own: it is run then
 
 
 class _NotTheSame(Exception):

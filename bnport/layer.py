@@ -59,11 +59,14 @@ class Layer:
     inputs:    names of the BatchNorm layers whose outputs reach this one with no BatchNorm between; None: no graph known.
     notes:     what a user should know about this layer ("training mode", "epsilon of a traced graph", ...).
     without:   why the source stores no mean and variance for this layer; "" where it does. Such a layer has no record.
+    own_code:  whether a live layer runs code that is its user's own: its numbers may not be all of what it computes, and
+               convert runs it to see. The code of a layer in a file is never run.
+    untrained: whether the source itself says that the layer never saw a batch. `notes` say so too, as of `own_code`.
     """
 
     __slots__ = (
         "_record", "assumed", "channels", "dtype", "epsilon", "inputs", "kernel", "load", "momentum", "name", "notes",
-        "stores", "tensors", "without",
+        "own_code", "stores", "tensors", "untrained", "without",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +85,8 @@ class Layer:
         inputs: tuple[str, ...] | None = None,
         notes: Iterable[str] = (),
         without: str = "",
+        own_code: bool = False,
+        untrained: bool = False,
     ) -> None:
         self.name = name
         self.channels = channels
@@ -99,6 +104,8 @@ class Layer:
         self.inputs = inputs
         self.notes = tuple(notes)
         self.without = without
+        self.own_code = own_code
+        self.untrained = untrained
         self._record: BatchNorm | None = None
 
     def arrays(self) -> dict[str, Array]:
@@ -108,18 +115,18 @@ class Layer:
     @property
     def record(self) -> BatchNorm:
         """The validated record; read at the first call, then kept. Raises InvalidValue that names the layer."""
+        if self._record is not None:
+            return self._record
         if self.without:
             raise InvalidValue(f"{printable(self.name)}: {self.without}")
-        if self._record is None:
-            try:
-                self._record = BatchNorm(**self.arrays(), epsilon=self.epsilon)
-            except InvalidValue as error:
-                raise InvalidValue(f"{printable(self.name)}: {error}") from None
-            if self._record.channels != self.channels:
-                raise InvalidValue(
-                    f"{printable(self.name)}: {self.channels} channels expected, {self._record.channels} read"
-                )
-        return self._record
+        try:
+            record = BatchNorm(**self.load(), epsilon=self.epsilon)
+        except InvalidValue as error:
+            raise InvalidValue(f"{printable(self.name)}: {error}") from None
+        if record.channels != self.channels:
+            raise InvalidValue(f"{printable(self.name)}: {self.channels} channels expected, {record.channels} read")
+        self._record = record
+        return record
 
     def but(self, **changes: object) -> Layer:
         """A copy with some attributes changed (`epsilon`, `assumed`, `name`, ...); numbers are not read."""

@@ -95,7 +95,7 @@ def _health(layer: Layer, ranges: dict[str, Range]) -> list[str]:
             warnings.append(f"{field}: {found.not_finite} of {found.size} values are NaN or infinite")
     mean, variance, gamma = (ranges.get(field) for field in ("mean", "variance", "gamma"))
     if variance and mean:
-        if mean.zero == mean.size and variance.one == variance.size and not any("untrained" in n for n in layer.notes):
+        if mean.zero == mean.size and variance.one == variance.size and not layer.untrained:
             warnings.append("untrained: mean is 0 and variance is 1 in every channel")
         if variance.low + layer.epsilon <= 0:
             warnings.append(f"variance {variance.low:.3g} + epsilon {layer.epsilon!r} is not positive")

@@ -91,6 +91,14 @@ def test_show_warns_of_untrained_dead_nan_and_tiny(tmp_path, capsys):
         ("untrained", "1 of 4 channels are dead", "NaN", "far below epsilon"), warnings, strict=True
     ):
         assert words in warning
+    assert warnings[0].count("untrained") == 1
+    records = str(tmp_path / "sick.safetensors")
+    torch.save(net[:1].state_dict(), path)
+    assert main(["convert", str(path), records, "--json"]) == 0
+    capsys.readouterr()
+    assert main(["show", records, "--json"]) == 0
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    assert " ".join(layer["warnings"]).count("untrained") == 1
 
 
 @pytest.mark.parametrize(

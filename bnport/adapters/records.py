@@ -8,6 +8,7 @@ layers[].epsilon               epsilon          decimal, exact
 layers[].momentum              momentum         the fraction of the old value kept; missing where unknown
 layers[].assumed               assumed          what the source did not hold: epsilon read from here stays assumed
 layers[].kernel, inputs        kernel, inputs   kind, shape and name of what feeds the layer, and the graph: for pairing
+layers[].untrained             untrained        true where the source said that the layer never saw a batch
 layers[].sha256                                 over the layer's arrays; checked whenever they are read
 checksum                                        over the description of all layers; checked when the file is opened
 source, source_sha256                           the file that the records were taken from
@@ -147,6 +148,8 @@ def _described(layer: Layer, held: Mapping[str, bytes]) -> dict[str, object]:
         entry["inputs"] = list(layer.inputs)
     if layer.notes:
         entry["notes"] = list(layer.notes)
+    if layer.untrained:
+        entry["untrained"] = True
     return {**entry, "sha256": _digest(held)}
 
 
@@ -217,6 +220,7 @@ def _layer(shown: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
             kernel=_kernel(where, entry.get("kernel")),
             inputs=None if inputs is None else tuple(inputs),
             notes=notes or (),
+            untrained=entry.get("untrained") is True,
         )
     except InvalidValue as error:
         raise FormatError(f"{shown}: {error}") from None

@@ -130,3 +130,23 @@ def test_without_keras_running_says_what_to_install_and_reading_works():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "bnport[tensorflow]" in done.stdout, done.stderr
+
+
+class Doubled(keras.layers.BatchNormalization):
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask)
+
+
+class Same(keras.layers.BatchNormalization):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "own"), [(Doubled, True), (Same, False)])
+def test_a_layer_with_a_call_of_its_own_is_run_by_convert(kind, own):
+    source = keras.Sequential([keras.Input((3,)), kind(name="bn")])
+    target = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn")])
+    assert bnport.read(source)["bn"].own_code is own
+    report = bnport.convert(source, target)
+    assert report.ok is not own
+    checks = {check.name for layer in report.layers for check in layer.checks}
+    assert any(name.startswith("source") for name in checks) is own

@@ -250,12 +250,14 @@ def test_an_untrained_layer_is_noted_and_a_trained_one_is_not(tmp_path):
     norm = torch.nn.BatchNorm2d(6)
     for source in (norm, saved(norm, tmp_path), saved(norm.state_dict(), tmp_path), norm.half(), norm.double()):
         assert any("never saw a batch" in note for note in only(source).notes)
+        assert only(source).untrained
     norm = norm.float().train()
     norm(torch.randn(4, 6, 2, 2))
     assert not any("never saw a batch" in note for note in only(norm).notes)
     ported = torch.nn.BatchNorm2d(6)
     ported.running_var.fill_(2.0)  # the counter is 0, but somebody put numbers in
     assert not any("never saw a batch" in note for note in only(ported).notes)
+    assert not only(ported).untrained
 
 
 def test_mixed_precision_storage_is_noted(tmp_path):

@@ -88,6 +88,24 @@ def test_an_own_forward_is_noted_run_by_convert_and_refused_where_code_shows_it(
             adapters.read(path)
 
 
+def test_code_of_ones_own_is_a_fact_of_the_layer_that_no_note_can_stand_for():
+    twin = torch.nn.Sequential(torch.nn.BatchNorm2d(6)).eval()
+    plain = torch.nn.Sequential(norm())
+    replaced = torch.nn.Sequential(norm())
+    replaced[0].forward = plain[0].forward
+    facts = {kind: adapters.read(m)["0"] for kind, m in (("own", torch.nn.Sequential(norm(OnePlus))), ("plain", plain))}
+    assert facts["own"].own_code
+    assert facts["own"].but(notes=()).own_code
+    assert not facts["plain"].own_code
+    assert adapters.read(replaced)["0"].own_code
+    talks = torch.nn.Sequential(norm())
+    talks[0].act = type("what it computes is not known", (torch.nn.Module,), {})()  # a class's name gets into a note
+    assert any("what it computes is not known" in note for note in adapters.read(talks)["0"].notes)
+    assert not [c.name for layer in convert(talks, twin).layers for c in layer.checks if c.name.startswith("source")]
+    own = convert(replaced, twin)
+    assert [c.name for layer in own.layers for c in layer.checks if c.name.startswith("source")]
+
+
 def test_a_compiled_module_is_read(tmp_path):
     path = str(tmp_path / "c.pth")
     torch.save(torch.compile(torch.nn.Sequential(norm())), path)

@@ -115,7 +115,7 @@ def one_axis(layer: Any, name: str) -> int:
 
 def _layer(name: str, layer: Any) -> Layer:
     one_axis(layer, name)
-    notes = []
+    notes, own_code = [], False
     stores = {"mean", "variance", "epsilon", "momentum"}
     for field, flag in (("gamma", "scale"), ("beta", "center")):
         there = getattr(layer, _ATTRIBUTE[field], None) is not None
@@ -128,6 +128,7 @@ def _layer(name: str, layer: Any) -> Layer:
         if base.__module__.split(".")[0] in PACKAGES:
             break
         if "call" in vars(base):
+            own_code = True
             notes.append(f"{base.__name__} defines its own call(); what it computes is not known")
 
     def load() -> dict[str, Array]:
@@ -135,7 +136,7 @@ def _layer(name: str, layer: Any) -> Layer:
 
     return Layer(
         name, channels=int(variable.shape[0]), epsilon=layer.epsilon, load=load, momentum=float(layer.momentum),
-        stores=stores, dtype=dtype_of(variable), notes=notes,
+        stores=stores, dtype=dtype_of(variable), notes=notes, own_code=own_code,
     )  # fmt: skip
 
 

@@ -39,13 +39,14 @@ def make_layer(
     inputs: tuple[str, ...] | None = None,
     notes: Iterable[str] = (),
     channels: int | None = None,
+    own_code: bool = False,
 ) -> Layer:
     """A Layer from torch's four tensors, checked.
 
     `tensors`: weight, bias, running_mean, running_var; the first two may be missing, and so may the last two together
     where `channels` is given: a layer without statistics. `epsilon`: None assumes torch's
     default. `momentum`: torch's, the fraction of the NEW value. `counter`: num_batches_tracked. `inplace_abn`: gamma is
-    |weight| + epsilon. `holds`: of epsilon and momentum, what the source could hold if written to.
+    |weight| + epsilon. `holds`: of epsilon and momentum, what the source could hold if written to. `own_code`: as of a Layer.
     Raises FormatError, naming file and tensor, for a missing or badly shaped array.
     """
     shown = f"{where}: {printable(name)}"
@@ -69,7 +70,8 @@ def make_layer(
         notes.append(f"stored as {' and '.join(dtypes)}")
     if inplace_abn:
         notes.append("InPlaceABN: gamma is |weight| + epsilon")
-    if counter is not None and not missing and _untrained(present, counter):
+    untrained = counter is not None and not missing and _untrained(present, counter)
+    if untrained:
         notes.append("untrained: it never saw a batch (num_batches_tracked 0, mean 0, variance 1)")
     by_field = {FIELD_OF[theirs]: tensor for theirs, tensor in present.items()}
 
@@ -94,6 +96,8 @@ def make_layer(
             inputs=inputs,
             notes=notes,
             without=NO_STATISTICS if missing else "",
+            own_code=own_code,
+            untrained=untrained,
         )
     except InvalidValue as error:
         raise FormatError(f"{where}: {error}") from None

@@ -170,7 +170,8 @@ def _layer(
         epsilon = held.says.number("eps", {attribute: getattr(module, attribute, None)})
     if epsilon is None:
         epsilon = getattr(module, "eps", None)
-    notes = [*held.roles.notes, *(note for note in [own_forward(module, exported)] if note)]
+    own_code = own_forward(module, exported)
+    notes = [*held.roles.notes, *([own_code] if own_code else [])]
     notes += [
         f"its {role} is computed by {what} each time it runs; it is read as it is now"
         for role, what in held.computed.items()
@@ -195,6 +196,7 @@ def _layer(
         inputs=inputs,
         notes=notes,
         channels=getattr(module, "num_features", None),
+        own_code=bool(own_code),
     )
 
 

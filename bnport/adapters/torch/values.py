@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from bnport.adapters.torch.graph import Exported
 
-UNKNOWN = "what it computes is not known"  # convert then runs the layer, see bnport.convert
+UNKNOWN = "what it computes is not known"
 _HOOKS = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
 
 
@@ -150,7 +150,7 @@ def _code(module: Any) -> str:
 
 
 def own_forward(module: Any, exported: Exported | None) -> str:
-    """A note if a layer's forward() is none that is known here; "" otherwise."""
+    """What to say of a layer whose forward() is none that is known here; "" otherwise."""
     import torch
 
     if isinstance(module, torch.jit.ScriptModule):
