@@ -10,6 +10,7 @@ float64 and rounded once, when a record is fitted to the layer that will hold it
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -31,15 +32,22 @@ _FLOAT32_SMALLEST_NORMAL = 2.0**-126  # engines may flush anything smaller to ze
 
 def checked_epsilon(epsilon: object) -> float:
     """`epsilon` as a finite float >= 0, or InvalidValue; strings, booleans and lists are refused."""
+    if type(epsilon) is float:
+        return _checked(epsilon)
     if isinstance(epsilon, bool | str | bytes) or not hasattr(epsilon, "__float__"):
         raise InvalidValue(f"epsilon: expected a number, got {epsilon!r:.60}")
     try:
         value = float(epsilon)
     except (TypeError, ValueError) as error:
         raise InvalidValue(f"epsilon: expected a number, got {epsilon!r:.60}") from error
-    if not math.isfinite(value) or value < 0:
-        raise InvalidValue(f"epsilon: expected a finite number >= 0, got {value!r}")
-    return meant_epsilon(value)
+    return _checked(value)
+
+
+@functools.lru_cache(1024)  # a network has one or two epsilons and asks for each of its layers
+def _checked(epsilon: float) -> float:
+    if not math.isfinite(epsilon) or epsilon < 0:
+        raise InvalidValue(f"epsilon: expected a finite number >= 0, got {epsilon!r}")
+    return meant_epsilon(epsilon)
 
 
 def _numbers(name: str, value: ArrayLike) -> Array:
@@ -134,13 +142,16 @@ class BatchNorm:
             _refuse_not_finite(mean=mean, variance=variance, gamma=gamma, beta=beta)
         values.setflags(write=False)
         put(self, "values", values)
-        for name, row in zip(FIELDS, values, strict=True):
-            put(self, name, row)
-        if not self.variance.item(self.variance.argmin()) + self.epsilon > 0:
-            bad = self.variance.astype(np.float64) + self.epsilon <= 0
+        gamma, beta, mean, variance = values
+        put(self, "gamma", gamma)
+        put(self, "beta", beta)
+        put(self, "mean", mean)
+        put(self, "variance", variance)
+        if not variance.item(variance.argmin()) + self.epsilon > 0:
+            bad = variance.astype(np.float64) + self.epsilon <= 0
             at = int(np.argmax(bad))
             raise InvalidValue(
-                f"variance + epsilon must be positive; {first_channels(bad)}: variance {float(self.variance[at])!r}"
+                f"variance + epsilon must be positive; {first_channels(bad)}: variance {float(variance[at])!r}"
                 f" + epsilon {self.epsilon!r}"
             )
 
@@ -172,7 +183,7 @@ class BatchNorm:
     @property
     def channels(self) -> int:
         """C, the number of channels."""
-        return int(self.mean.size)
+        return self.values.shape[1]
 
     @property
     def std(self) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 from bnport._lazy import TYPE_CHECKING, np
@@ -17,6 +18,7 @@ LARGEST = {"float64": 1.7976931348623157e308, "float32": 3.4028234663852886e38, 
             "bfloat16": 3.3895313892515355e38}  # fmt: skip
 
 
+@functools.lru_cache(1024)  # a network has one or two epsilons and asks for each of its layers
 def meant_epsilon(epsilon: float) -> float:
     """The decimal that was meant by an epsilon that went through float32.
 
@@ -24,17 +26,6 @@ def meant_epsilon(epsilon: float) -> float:
     exactly a float32 value, the shortest decimal that rounds to that float32 is returned; otherwise `epsilon` itself.
     Every engine rounds epsilon to float32 again, so the change is never observable there.
     """
-    if epsilon not in _MEANT:
-        if len(_MEANT) > 1000:
-            _MEANT.clear()
-        _MEANT[epsilon] = _meant(epsilon)
-    return _MEANT[epsilon]
-
-
-_MEANT: dict[float, float] = {}  # a network has one or two epsilons and asks for each of its layers
-
-
-def _meant(epsilon: float) -> float:
     try:
         single = struct.pack("<f", epsilon)
     except OverflowError:

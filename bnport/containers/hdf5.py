@@ -125,11 +125,12 @@ class H5:
 class Group:
     """A group: its names, its children (Group or H5Tensor), its attributes."""
 
-    __slots__ = ("_h5", "_id", "_names", "path")
+    __slots__ = ("_h5", "_id", "_names", "_walked", "path")
 
     def __init__(self, h5: H5, identifier: Any, path: str) -> None:
         self._h5, self._id, self.path = h5, identifier, path
         self._names: list[str] | None = None
+        self._walked: list[tuple[str, Group]] = []  # the way to what `group` found last, name by name
 
     def names(self) -> list[str]:
         """The names in the group, digits compared as numbers (`_10` after `_9`)."""
@@ -199,15 +200,21 @@ class Group:
         return found
 
     def group(self, path: str) -> Group | None:
-        """The group at `path` below this one, name by name, or None if there is none."""
-        here: Group | H5Tensor | None = self
-        for name in path.split("/"):
-            if not isinstance(here, Group):
-                return None
-            if not here.has(name):
-                return None
-            here = here.child(name)
-        return here if isinstance(here, Group) else None
+        """The group at `path` below this one, name by name, or None if there is none.
+
+        The part of the way that it shares with the last one is not walked again: layers lie side by side.
+        """
+        names = path.split("/")
+        here, walked = self, self._walked
+        for depth, name in enumerate(names):
+            if depth == len(walked) or walked[depth][0] != name:
+                del walked[depth:]
+                found = here.child(name) if here.has(name) else None
+                if not isinstance(found, Group):
+                    return None
+                walked.append((name, found))
+            here = walked[depth][1]
+        return here
 
     def tensors(self) -> list[H5Tensor]:
         """The datasets directly in this group, in natural order of their names."""
@@ -268,16 +275,11 @@ class Group:
             if variable:
                 from bnport.containers.hdf5_text import texts
 
-                found = texts(self._h5, self.address(), raw, count, ATTRIBUTE_LIMIT)
+                found = texts(self._h5, where, self.address(), raw, count, ATTRIBUTE_LIMIT)
             else:
                 values = np.empty(attribute.shape, attribute.dtype)
                 attribute.read(values)
                 found = values.reshape(-1).tolist()
-        except FormatError as error:
-            text = str(error)
-            if text.startswith(printable(self._h5.file.path)):
-                raise
-            self._h5.refuse(where, text)
         except BnportError:
             raise
         except DAMAGE as error:

@@ -81,8 +81,9 @@ def tensor_of(h5: H5, dataset: Any, path: str) -> H5Tensor:
 
 def _dtype(h5: H5, dataset: Any, path: str) -> tuple[str, bool]:
     """(key of ITEM_SIZE, whether it is big-endian)."""
-    from h5py import h5t
+    import h5py
 
+    h5t = h5py.h5t
     kind = dataset.get_type()
     group, size = kind.get_class(), kind.get_size()
     if group == h5t.FLOAT:
