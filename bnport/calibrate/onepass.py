@@ -199,14 +199,14 @@ class OnePass:
     def _hook(self, norm: Norm, original: Callable[..., Any], x: Any, mask: Any, args: Any, kwargs: Any) -> Any:
         try:
             call = self.live.moments(norm, x, mask)
+        except BnportError as error:  # it names the layer
+            raise Stop(error) from None
+        try:
             self.kept[norm.name].add(call)
             if call.n:
                 return self._normalised(norm, x, call)
-        except Stop:
-            raise
         except BnportError as error:
-            text = str(error)
-            raise Stop(type(error)(text if text.startswith(norm.name) else f"{printable(norm.name)}: {text}")) from None
+            raise Stop(type(error)(f"{printable(norm.name)}: {error}")) from None
         norm.restore()  # Keras updates what a model itself calls with training=True
         return original(x, *args, **kwargs)
 

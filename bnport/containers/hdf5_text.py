@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,17 +21,18 @@ _BLOCK = 1 << 20  # a collection up to this size is read whole: the usual one ha
 _CONTINUATION, _ATTRIBUTE = 0x10, 0x0C
 
 
-def texts(h5: H5, address: int, name: bytes, count: int, limit: int) -> list[bytes]:
+def texts(h5: H5, where: str, address: int, name: bytes, count: int, limit: int) -> list[bytes]:
     """The `count` texts of the attribute `name` of the object whose header is at `address`.
 
-    Raises FormatError where they are together longer than `limit`, or the file does not hold them.
+    Raises FormatError, naming the file and `where`, if they are together longer than `limit`, or the file does not hold
+    them.
     """
     try:
         data = _values(h5, address, name, 16 * count)
         listed = [struct.unpack_from("<IQI", data, 16 * i) for i in range(count)]
         total = sum(length for length, _, _ in listed)
         if total > limit:
-            raise FormatError(f"{count} texts of together {total} bytes are more than is read")
+            h5.refuse(where, f"{count} texts of together {total} bytes are more than is read")
         heaps = h5.heaps  # many attributes share a collection
         found = []
         for length, heap, index in listed:
@@ -46,7 +46,7 @@ def texts(h5: H5, address: int, name: bytes, count: int, limit: int) -> list[byt
                 raise LookupError
             found.append(h5.at(start, length))
     except (LookupError, struct.error):
-        raise FormatError(f"its {count} texts are not where the file says, or in a form that is not read") from None
+        h5.refuse(where, f"its {count} texts are not where the file says, or in a form that is not read")
     return found
 
 

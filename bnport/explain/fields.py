@@ -111,11 +111,12 @@ def explain_field(field: str, source: Numbers, port: Numbers) -> Iterator[Findin
 def _gamma(found: Array, source: Numbers, port: Numbers) -> Iterator[Finding]:
     gamma, dtype = source.gamma, port.dtype
     for epsilon in dict.fromkeys((source.epsilon, port.epsilon)):
-        for at in ("the source's", "the port's"):
-            one, other, raw = (found, gamma, "gamma") if at == "the port's" else (gamma, found, "the port's gamma")
+        for one, whose, other, raw in (
+            (gamma, "the source's gamma", found, "the port's gamma"),
+            (found, "gamma", gamma, "gamma"),
+        ):
             plain = np.abs(other)
             if epsilon and close(one, plain + epsilon, dtype=dtype, roundings=_ROUNDINGS) and telling(plain):
-                whose = "gamma" if at == "the port's" else "the source's gamma"
                 yield Finding("absolute", "gamma", f"{whose} is |{raw}| + {epsilon!r}", epsilon, "gamma")
     if (gamma < 0).any() and close(found, np.abs(gamma), dtype=dtype, roundings=1):
         yield Finding("absolute", "gamma", "gamma is |gamma|: its signs are lost", source_field="gamma")

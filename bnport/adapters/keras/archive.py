@@ -140,12 +140,10 @@ def _fetcher(
             )
         fields = order(scale=settings.scale, center=settings.center, renorm=settings.renorm)
         try:
-            tensors = named(arrays(group), fields, where)
+            held = arrays(group)
         except FormatError as error:
-            text = str(error)
-            raise FormatError(
-                text if text.startswith(where) else f"{where}: {text.removeprefix(f'{shown}: ')}"
-            ) from None
+            raise FormatError(f"{where}: {str(error).removeprefix(f'{shown}: ')}") from None
+        tensors = named(held, fields, where)
         if settings.channels not in (None, tensors["mean"].shape[0]):
             raise FormatError(
                 f"{where}: {settings.channels} channels by the config, {tensors['mean'].shape[0]} in the weights"
