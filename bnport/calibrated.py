@@ -60,6 +60,7 @@ def convert_calibrated(
             raise InvalidValue("out: name the file to make; the target file itself is never changed")
         out = os.fspath(out)
         check_files(out, force, [*paths(source, target), *data_files(data, out)], (calibration or {}).get("resume"))
+        adapters.check_suffix(out, os.fspath(target))
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_some(target)
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)

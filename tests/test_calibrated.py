@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 import bnport
 from bnport.cli import main
-from bnport.errors import InvalidValue, Unrepresentable
+from bnport.errors import InvalidValue, OutputError, Unrepresentable
 
 from .test_digits import DIGITS, NAMES
 
@@ -64,6 +64,14 @@ def test_without_data_it_is_refused_with_the_command_that_helps(folder, tmp_path
     assert list(tmp_path.iterdir()) == []
     assert main(["show", str(folder / "net.pt")]) == 0
     assert "holds no running statistics" in capsys.readouterr().out
+
+
+def test_an_output_of_another_format_is_refused_before_the_data_are_looked_at(folder, tmp_path):
+    from bnport.calibrated import convert_calibrated
+
+    with pytest.raises(OutputError, match=r"let its name end in \.keras"):
+        convert_calibrated(folder / "net.pt", folder / "twin.keras", tmp_path / "out.pth", "no such data")
+    assert not list(tmp_path.iterdir())
 
 
 def test_with_data_the_port_computes_what_torch_computes_on_the_whole_data_set(folder, tmp_path, images, capsys):

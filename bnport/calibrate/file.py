@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from bnport.calibrate.result import Calibration, LayerStatistics
     from bnport.layer import Layer
 
-_HDF5 = (".h5", ".hdf5")
-
 
 def calibrate_file(
     path: str | os.PathLike[str],
@@ -42,10 +40,10 @@ def calibrate_file(
     path, out = os.fspath(path), os.fspath(out)
     inputs = [path, *data_files(data, out)]
     check_files(out, force, inputs, resume)
-    _check_kind(path, out)
     from bnport.calibrate.run import calibrate
 
     version = check_config(path)
+    adapters.check_suffix(out, path, strict=True)  # Keras opens it, and goes by the suffix
     held = adapters.read(path, format="keras")  # strict about the file, before Keras reads it its own way
     model = load(path, version)
     result = calibrate(model, data, resume=resume, keep_checkpoint=True, **options)
@@ -92,19 +90,6 @@ def check_files(out: str, force: bool, inputs: list[str], resume: str | None) ->
         check_output(resume, force=True, inputs=inputs)
         if os.path.realpath(resume) == os.path.realpath(out):
             raise OutputError(f"{printable(out)}: is the file for checkpoints as well; choose another output")
-
-
-def _check_kind(path: str, out: str) -> None:
-    """`out` is a copy of `path`, in its format: another suffix would say something else to whoever opens it."""
-    kind, wanted = (_HDF5 if suffix in _HDF5 else (suffix,) for suffix in (_suffix(path), _suffix(out)))
-    if kind in ((".keras",), _HDF5) and kind != wanted:
-        raise OutputError(
-            f"{printable(out)}: the copy of a {_suffix(path)} file is one too; name it ...{_suffix(path)}"
-        )
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
 
 
 def _change(layer: Layer, new: LayerStatistics) -> Change:

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import bnport
 from bnport.calibrate import run, shards
 from bnport.calibrate.file import calibrate_file
 from bnport.calibrate.run import calibrate
@@ -254,9 +255,13 @@ def test_an_output_that_is_read_or_is_the_checkpoint_is_refused(files, tmp_path)
         assert pathlib.Path(target).read_bytes() == before
     with pytest.raises(OutputError, match="file for checkpoints"):
         calibrate_file(model, rows, out, resume=out)
-    for name in ("out.h5", "out.pth"):
-        with pytest.raises(OutputError, match=r"the copy of a \.keras file is one too"):
+    for name in ("out.h5", "out.pth", "out.weights.h5", "out.backup", "out"):
+        with pytest.raises(OutputError, match=r"will be a \.keras file, .*; let its name end in \.keras$") as refused:
             calibrate_file(model, rows, str(tmp_path / name))
+        if name not in ("out.backup", "out"):  # convert leaves a suffix that no format has to its user
+            with pytest.raises(OutputError) as same:
+                bnport.convert(model, model, str(tmp_path / name))
+            assert str(same.value) == str(refused.value)
     calibrate_file(model, str(folder), str(folder / "new.keras"))  # a new file beside the data replaces nothing
     assert (folder / "new.keras").exists()
 
