@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
 import h5py
@@ -14,17 +12,11 @@ import numpy as np
 import pytest
 
 import bnport
-from bnport import adapters
 from bnport.containers import files
 from bnport.containers.files import TEMPORARY, replace_file
 from bnport.errors import OutputError
-from bnport.layer import Change
-from bnport.record import FIELDS
-from tests.adapters.contract import assert_same_bits, telling_record
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STEPS = ("open", "copy_file_range", "write", "pwrite", "fsync", "replace")  # of the module os, all that a write uses
-NEW = telling_record(3, seed=1, epsilon=0.5)
+from tests.adapters.contract import assert_same_bits
+from tests.dying_child import NEW, WRITING, killed, write
 
 
 def target(folder, kind):
@@ -55,41 +47,6 @@ def target(folder, kind):
     return path
 
 
-def port(path, out):
-    """What convert does with a file target."""
-    adapter = adapters.load("keras")
-    (layer,) = adapter.read(path).values()
-    changes = {layer.name: Change(NEW.replace(epsilon=NEW.epsilon), layer.stores & {*FIELDS, "epsilon"})}
-    replace_file(out, lambda new: adapter.write(path, changes, new), adapter.read, force=True, inputs=[path])
-
-
-KILLER = """
-import os, signal, sys
-from tests.test_atomic import STEPS, port
-step, path, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-import bnport.adapters.keras.writing, bnport.adapters.keras.archive, bnport.adapters.keras.files, h5py
-count = 0
-def counted(function):
-    def wrapper(*args, **kwargs):
-        global count
-        count += 1
-        if count == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapper
-for name in STEPS:
-    setattr(os, name, counted(getattr(os, name)))
-port(path, out)
-print(count)
-"""
-
-
-def killed(step, path, out):
-    return subprocess.run(
-        [sys.executable, "-c", KILLER, str(step), path, out], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-
-
 def leftovers(folder):
     return [name for name in os.listdir(folder) if TEMPORARY in name]
 
@@ -99,7 +56,7 @@ def test_a_kill_at_any_step_leaves_the_output_old_or_new(tmp_path, kind):
     path, out = target(tmp_path, kind), str(tmp_path / f"out{kind}")
     with open(path, "rb") as file:
         source = file.read()
-    total = int(killed(0, path, out).stdout)
+    total = int(killed(0, "write", path, out).stdout)
     assert total >= 6
     with open(out, "rb") as file:
         new = file.read()
@@ -107,7 +64,7 @@ def test_a_kill_at_any_step_leaves_the_output_old_or_new(tmp_path, kind):
     for step in range(1, total + 1):
         with open(out, "wb") as file:
             file.write(b"the old output")
-        assert killed(step, path, out).returncode == -9
+        assert killed(step, "write", path, out).returncode == -9
         with open(out, "rb") as file:
             found = file.read()
         assert found in (b"the old output", new), f"step {step}"
@@ -125,7 +82,7 @@ def test_an_error_at_any_step_leaves_the_output_old_and_no_temporary_file(tmp_pa
     path, out = target(tmp_path, kind), str(tmp_path / f"out{kind}")
     with open(path, "rb") as file:
         source = file.read()
-    for name in STEPS:
+    for name in WRITING:
         real = getattr(os, name)
         for nth in range(1, 40):
             with open(out, "wb") as file:
@@ -141,7 +98,7 @@ def test_an_error_at_any_step_leaves_the_output_old_and_no_temporary_file(tmp_pa
 
             monkeypatch.setattr(os, name, failing)
             try:
-                port(path, out)
+                write(path, out)
                 raised = None
             except (OutputError, ValueError) as error:
                 raised = error

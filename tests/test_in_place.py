@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
 import h5py
@@ -25,8 +23,8 @@ from bnport.containers.patch import Patch
 from bnport.errors import BnportError, FormatError, InvalidValue, NotFound, OutputError
 from bnport.record import FIELDS
 from tests.adapters.contract import assert_same_bits
-from tests.in_place_child import NEW, patches_of
-from tests.test_atomic import ROOT, target
+from tests.dying_child import NEW, ROOT, killed, patches_of
+from tests.test_atomic import target
 
 
 def opens(path):
@@ -44,17 +42,6 @@ def opens(path):
         return False
 
 
-def killed(step, path, what="change"):
-    """What a child that dies before its step-th system call did; step 0 for one that lives."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.in_place_child", str(step), path, what],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-
-
 def contents(path):
     with open(path, "rb") as file:
         return file.read()
@@ -69,14 +56,14 @@ def put(path, data):
 def test_a_kill_at_any_step_leaves_the_old_file_the_new_one_or_one_that_nobody_opens(tmp_path, kind):
     path = target(tmp_path, kind)
     old = contents(path)
-    total = int(killed(0, path).stdout)
+    total = int(killed(0, "change", path).stdout)
     new, seen = contents(path), set()
     assert total >= 10
     assert new != old
     assert opens(path)
     for step in range(1, total + 1):
         put(path, old)
-        assert killed(step, path).returncode == -9
+        assert killed(step, "change", path).returncode == -9
         found = contents(path)
         assert (found in (old, new)) if opens(path) else (found not in (old, new)), f"step {step}"
         seen.add("old" if found == old else "new" if found == new else "closed")
@@ -97,11 +84,11 @@ def test_a_kill_while_it_is_put_back_is_put_back_again(tmp_path):
     old = contents(path)
     for step in range(1, 40):
         put(path, old)
-        first = killed(14, path)
+        first = killed(14, "change", path)
         assert first.returncode == -9
         assert not opens(path)
         half, undo = contents(path), contents(path + UNDO)
-        second = killed(step, path, "restore")
+        second = killed(step, "restore", path)
         if second.returncode == 0:
             assert contents(path) == old
             assert half != old
@@ -356,7 +343,7 @@ def test_damaged_undo_files_are_not_written_back(tmp_path):
     old = contents(path)
     with pytest.raises(NotFound, match="nothing to put back"):
         restore(path)
-    assert killed(14, path).returncode == -9
+    assert killed(14, "change", path).returncode == -9
     undo, half = contents(path + UNDO), contents(path)
     rng = np.random.default_rng(0)
     for _ in range(200):
