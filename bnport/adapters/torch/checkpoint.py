@@ -90,7 +90,7 @@ def open_zip(file: ReadFile, archive: Archive, root: str) -> Checkpoint:
         if not (isinstance(id, tuple) and len(id) >= 5 and id[0] in ("storage", b"storage")):
             return Persistent(id)
         dtype, key, count = storage_dtype(id[1]), id[2], id[4]
-        return member_storage(archive, f"{root}data/{key}", dtype, _count(count, where), order)
+        return MemberStorage(archive, f"{root}data/{key}", dtype, _count(count, where), order)
 
     value, _ = load(archive.read(root + "data.pkl", SIZE_LIMIT), where, persistent=persistent)
     return Checkpoint(where, value, archive, root)
@@ -102,34 +102,42 @@ def _count(count: Any, where: str) -> int:
     return count
 
 
-def member_storage(archive: Archive, name: str, dtype: str, count: int, order: bytes = b"little") -> Storage:
+class MemberStorage(Storage):
     """A storage that is an archive member; its checksum is checked when it is read."""
-    item = ITEM_SIZE.get(dtype, 1)
-    checked: list[bool] = []
 
-    def read(start: int, length: int) -> bytes:
+    __slots__ = ("_archive", "_checked", "_name", "_order")
+
+    def __init__(self, archive: Archive, name: str, dtype: str, count: int, order: bytes = b"little") -> None:
+        self.dtype, self.count = dtype, count
+        self._archive, self._name, self._order, self._checked = archive, name, order, False
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on, little-endian."""
+        archive, name, item = self._archive, self._name, ITEM_SIZE.get(self.dtype, 1)
         if name not in archive:
             raise FormatError(f"{printable(archive.file.path)}: storage {printable(name)!r} is missing")
         member = archive.member(name)
-        if member.size < count * item:
+        if member.size < self.count * item:
             raise FormatError(
-                f"{printable(archive.file.path)}: storage {printable(name)!r} should hold {count * item} bytes,"
+                f"{printable(archive.file.path)}: storage {printable(name)!r} should hold {self.count * item} bytes,"
                 f" it has {member.size}"
             )
         if member.method != STORED or member.size <= max(4 * length, _SMALL):
             data = archive.read(name, max(4 * length, READ_LIMIT))[start : start + length]
         else:  # a small part of a large storage: its checksum is over all of it
-            if not checked:
+            if not self._checked:
                 archive.check_crc(name)
-                checked.append(True)
+                self._checked = True
             data = archive.pread(name, start, length)
-        return data if order == b"little" else _swapped(data, item)
+        return data if self._order == b"little" else _swapped(data, item)
 
-    def place(start: int) -> tuple[str, int]:
-        return name, archive.window(name)[0] + start
-
-    writable = order == b"little" and name in archive and archive.member(name).method == STORED
-    return Storage(dtype, count, read, place if writable else None)
+    @property
+    def place(self) -> Callable[[int], tuple[str, int]] | None:
+        """Where the bytes lie; None if they are compressed or big-endian."""
+        archive, name = self._archive, self._name
+        if self._order != b"little" or name not in archive or archive.member(name).method != STORED:
+            return None
+        return lambda start: (name, archive.window(name)[0] + start)
 
 
 def _swapped(data: bytes, item: int) -> bytes:

@@ -91,12 +91,12 @@ def _tensors(archive: Archive, root: str, where: str) -> dict[str, Tensor]:
 
 
 def _storage(archive: Archive, member: str, dtype: str, where: str) -> Storage:
-    from bnport.adapters.torch.checkpoint import member_storage
+    from bnport.adapters.torch.checkpoint import MemberStorage
 
     if member not in archive:
         raise FormatError(f"{where}: storage {printable(member)!r} is missing")
     count = archive.member(member).size // ITEM_SIZE.get(dtype, 1)
-    return member_storage(archive, member, dtype, count)
+    return MemberStorage(archive, member, dtype, count)
 
 
 class _Node:

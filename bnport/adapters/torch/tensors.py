@@ -38,7 +38,7 @@ class Storage:
     place: start byte -> (archive member or "", offset in the file); None where the bytes cannot be written in place.
     """
 
-    __slots__ = ("count", "dtype", "place", "read")
+    __slots__ = ("_place", "count", "dtype", "read")
 
     def __init__(
         self,
@@ -47,24 +47,32 @@ class Storage:
         read: Callable[[int, int], bytes],
         place: Callable[[int], tuple[str, int]] | None = None,
     ) -> None:
-        self.dtype, self.count, self.read, self.place = dtype, count, read, place
+        self.dtype, self.count, self.read, self._place = dtype, count, read, place
+
+    @property
+    def place(self) -> Callable[[int], tuple[str, int]] | None:
+        """Where the bytes lie, as above."""
+        return self._place
 
 
 class PlacedTensor(Tensor):
-    """A tensor whose bytes lie in one run: `place()` says in which archive member ("" for none) and where in the file."""
+    """A tensor whose bytes lie in one run of a storage that has a place in the file."""
 
-    __slots__ = ("place",)
+    __slots__ = ("_begin", "_storage")
 
-    def __init__(
-        self,
-        name: str,
-        dtype: str,
-        shape: tuple[int, ...],
-        read: Callable[[], bytes],
-        place: Callable[[], tuple[str, int]],
-    ) -> None:
-        super().__init__(name, dtype, shape, read)
-        self.place = place
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], storage: Storage, begin: int) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self._storage, self._begin = storage, begin
+
+    def read(self) -> bytes:
+        """Its bytes, little-endian, C order."""
+        return self._storage.read(self._begin, self.nbytes) if self.size else b""
+
+    def place(self) -> tuple[str, int]:
+        """The archive member ("" for none) that it lies in, and where in the file it begins."""
+        place = self._storage.place
+        assert place is not None  # or it would be a plain Tensor
+        return place(self._begin)
 
 
 def storage_dtype(kind: object) -> str:
@@ -137,16 +145,16 @@ def located(
     if size > max(held, ELEMENT_LIMIT):
         raise FormatError(f"{where}: tensor {printable(name)!r} of shape {shape} repeats the {held} elements it has")
 
+    if storage.place is not None and _contiguous(shape, strides):
+        return PlacedTensor(name, dtype, shape, storage, offset * item)
+
     def read() -> bytes:
         if not size:
             return b""
         data = storage.read(offset * item, (reach - offset + 1) * item)
         return data if _contiguous(shape, strides) else _gathered(data, shape, strides, item)
 
-    place = storage.place
-    if place is None or not _contiguous(shape, strides):
-        return Tensor(name, dtype, shape, read)
-    return PlacedTensor(name, dtype, shape, read, lambda: place(offset * item))
+    return Tensor(name, dtype, shape, read)
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
