@@ -77,8 +77,8 @@ def calibrate(
              bnport.calibrate.shards and .executors. data must then be a path, or an object that has len() and gives
              batches by their number (a PyDataset) and pickles into at most 1 MiB, so one that opens its files by itself;
              `spill` a folder that all workers reach. workers, address: of the engine.
-    progress: called as progress(done, total, what); total is 0 while unknown. bnport.cli.common.progress_bar() makes
-             the command's own display.
+    progress: called as progress(done, total, what); total is 0 while unknown. `with
+             bnport.cli.common.Progress() as progress:` gives the command's own display.
 
     Only moving mean and variance change (with renorm also the three arrays that mirror them): all of them or, on any
     error or interruption, none; the result's undo() puts them back. The model runs eagerly, at inference.

@@ -138,10 +138,8 @@ def run(args: argparse.Namespace) -> int:
     from bnport.calibrate.file import calibrate_file
     from bnport.errors import printable
 
-    with terminable():
-        result = calibrate_file(
-            args.model, args.data, args.out, force=args.force, progress=common.progress_bar(args.json), **options(args)
-        )
+    with terminable(), common.Progress(args.json) as progress:
+        result = calibrate_file(args.model, args.data, args.out, force=args.force, progress=progress, **options(args))
     if args.json:
         common.print_json({**result.as_dict(), "out": args.out})
     else:

@@ -131,35 +131,48 @@ def finish(report: Report, args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def progress_bar(quiet: bool = False) -> Callable[[int, int, str], None] | None:
-    """A one-line progress display on a terminal's standard error, with an estimate of the time left; else None."""
-    if quiet or not sys.stderr.isatty():
-        return None
-    import time
+class Progress:
+    """A one-line display on a terminal's standard error, with an estimate of the time left; it is gone when the block ends.
 
-    first: tuple[float, int] | None = None  # when the work began, and what was done by then (of a resumed run)
-    last, shown = 0, 0.0
+    `with Progress() as progress:` gives what a progress= argument takes: a function of (done, total, what), total 0
+    while unknown; None, so that nothing is counted, where there is no terminal or with `quiet`.
+    """
 
-    def show(done: int, total: int, what: str) -> None:
-        nonlocal first, last, shown
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        # when the work began, and what was done by then (of a resumed run)
+        self._first: tuple[float, int] | None = None
+        self._last, self._shown, self._text = 0, 0.0, ""
+
+    def __enter__(self) -> Callable[[int, int, str], None] | None:
+        return None if self._quiet or not sys.stderr.isatty() else self._show
+
+    def __exit__(self, *_: object) -> None:
+        if self._text:
+            self._put("")
+
+    def _show(self, done: int, total: int, what: str) -> None:
+        import time
+
         now = time.monotonic()
-        if first is None or done < last:  # the start, or the start of another piece of work
-            first = now, done
-        last = done
-        if now - shown < 0.1 and (done < total or not total):
+        if self._first is None or done < self._last:  # the start, or the start of another piece of work
+            self._first = now, done
+        self._last = done
+        if now - self._shown < 0.1 and (done < total or not total):
             return
-        shown = now
-        elapsed, new = now - first[0], done - first[1]
+        self._shown = now
+        elapsed, new = now - self._first[0], done - self._first[1]
         if total and done >= total:
-            text = ""
+            self._put("")
         elif total:
             left = f", {elapsed / new * (total - done):.0f} s left" if new > 0 else ""
-            text = f"{done}/{total} {printable(what, 60)}{left}"
+            self._put(f"{done}/{total} {printable(what, 60)}{left}")
         else:
-            text = f"{done} done, {printable(what, 60)}, {elapsed:.0f} s"
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            self._put(f"{done} done, {printable(what, 60)}, {elapsed:.0f} s")
 
-    return show
+    def _put(self, text: str) -> None:
+        self._text = text
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def name_list(text: str) -> list[str]:

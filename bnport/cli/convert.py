@@ -64,21 +64,22 @@ def run(args: argparse.Namespace) -> int:
         return common.finish(report, args)
     if args.calibrate is not None:
         return _calibrated(args)
-    report = convert(
-        args.source,
-        args.target,
-        args.out,
-        only=common.name_list(args.only) if args.only is not None else None,
-        epsilon=args.epsilon,
-        momentum=args.momentum,
-        in_place=args.in_place,
-        dry_run=args.dry_run,
-        force=args.force,
-        run=args.run,
-        source_options=common.source_options(args),
-        progress=common.progress_bar(args.json),
-        **common.pairing_options(args),
-    )
+    with common.Progress(args.json) as progress:
+        report = convert(
+            args.source,
+            args.target,
+            args.out,
+            only=common.name_list(args.only) if args.only is not None else None,
+            epsilon=args.epsilon,
+            momentum=args.momentum,
+            in_place=args.in_place,
+            dry_run=args.dry_run,
+            force=args.force,
+            run=args.run,
+            source_options=common.source_options(args),
+            progress=progress,
+            **common.pairing_options(args),
+        )
     return common.finish(report, args)
 
 
@@ -99,7 +100,7 @@ def _calibrated(args: argparse.Namespace) -> int:
     pairing = common.pairing_options(args)
     pairing.pop("target_epsilon")
     pairing.pop("target_options")
-    with calibrate.terminable():
+    with calibrate.terminable(), common.Progress(args.json) as progress:
         report = convert_calibrated(
             args.source,
             args.target,
@@ -111,7 +112,7 @@ def _calibrated(args: argparse.Namespace) -> int:
             source_options=common.source_options(args),
             force=args.force,
             run=args.run,
-            progress=common.progress_bar(args.json),
+            progress=progress,
             **pairing,
         )
     return common.finish(report, args)

@@ -35,15 +35,16 @@ def run(args: argparse.Namespace) -> int:
     """Explain, print, and say whether anything differs."""
     from bnport.diagnosis import explain
 
-    explanation = explain(
-        args.source,
-        args.ported,
-        epsilon=args.epsilon,
-        source_options=common.source_options(args),
-        command_options=_repeated(args),
-        progress=common.progress_bar(args.json),
-        **common.pairing_options(args),
-    )
+    with common.Progress(args.json) as progress:
+        explanation = explain(
+            args.source,
+            args.ported,
+            epsilon=args.epsilon,
+            source_options=common.source_options(args),
+            command_options=_repeated(args),
+            progress=progress,
+            **common.pairing_options(args),
+        )
     if args.json:
         common.print_json(explanation.to_dict())
     else:

@@ -56,20 +56,21 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output:
         check_output(args.output, force=args.force, inputs=[args.path])
-    found = image_statistics(
-        args.path,
-        _size(args.size),
-        _fraction(args.scale),
-        mode=args.mode,
-        resample=args.resample,
-        recursive=not args.no_recursive,
-        damaged="skip" if args.skip_damaged else "refuse",
-        axis=args.axis,
-        key=args.key,
-        engine=args.engine,
-        workers=args.workers,
-        progress=common.progress_bar(),
-    )
+    with common.Progress() as progress:
+        found = image_statistics(
+            args.path,
+            _size(args.size),
+            _fraction(args.scale),
+            mode=args.mode,
+            resample=args.resample,
+            recursive=not args.no_recursive,
+            damaged="skip" if args.skip_damaged else "refuse",
+            axis=args.axis,
+            key=args.key,
+            engine=args.engine,
+            workers=args.workers,
+            progress=progress,
+        )
     if args.output:
         _write(found, args.output, args.path, args.force)
     if args.json:

@@ -55,15 +55,16 @@ def run(args: argparse.Namespace) -> int:
     options = common.pairing_options(args)
     if options.pop("target_epsilon") is not None or options.pop("target_options"):
         raise InvalidValue("--target-epsilon, --target-option: live networks hold their own numbers")
-    result = trace(
-        _model(args.a),
-        _model(args.b),
-        x,
-        layout=args.layout,
-        tolerance=args.tolerance,
-        progress=common.progress_bar(args.json),
-        **options,
-    )
+    with common.Progress(args.json) as progress:
+        result = trace(
+            _model(args.a),
+            _model(args.b),
+            x,
+            layout=args.layout,
+            tolerance=args.tolerance,
+            progress=progress,
+            **options,
+        )
     if args.json:
         common.print_json(result.to_dict())
     else:

@@ -37,15 +37,16 @@ def run(args: argparse.Namespace) -> int:
     from bnport.convert import verify
 
     common.check_html(args, args.source, args.target)
-    report = verify(
-        args.source,
-        args.target,
-        epsilon=args.epsilon,
-        run=args.run,
-        source_options=common.source_options(args),
-        progress=common.progress_bar(args.json),
-        **common.pairing_options(args),
-    )
+    with common.Progress(args.json) as progress:
+        report = verify(
+            args.source,
+            args.target,
+            epsilon=args.epsilon,
+            run=args.run,
+            source_options=common.source_options(args),
+            progress=progress,
+            **common.pairing_options(args),
+        )
     code = common.finish(report, args)
     if code and not args.json:
         import shlex

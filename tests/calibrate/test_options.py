@@ -44,7 +44,7 @@ def test_time_left_counts_from_the_first_call_and_from_where_it_began(monkeypatc
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    show = common.progress_bar()
+    show = common.Progress().__enter__()
     clock[0] = 1000.0  # imports
     show(50, 100, "batch")
     clock[0] += 10

@@ -345,7 +345,7 @@ def test_a_terminated_command_cleans_up_and_keeps_its_checkpoint(files, tmp_path
         "from bnport.cli import common, main\n"
         "def slow(done, total, what):\n"
         "    if 'round 2' in what: time.sleep(600)\n"
-        "common.progress_bar = lambda quiet=False: slow\n"
+        "common.Progress.__enter__ = lambda self: slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["calibrate", model, "--data", rows, "-o", out, "--memory", "0", "--spill", "spill", "--resume", "run"]
