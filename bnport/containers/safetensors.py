@@ -112,13 +112,24 @@ def tensor_patches(source: str, changes: Mapping[str, bytes]) -> list[Patch]:
     return patches
 
 
+class _Stored(Tensor):
+    __slots__ = ("_begin", "_file")
+
+    def __init__(self, file: ReadFile, name: str, place: _Place) -> None:
+        self.name, self.dtype, self.shape = name, DTYPES[place.dtype], place.shape
+        self._file, self._begin = file, place.begin
+
+    def read(self) -> bytes:
+        """Its bytes, little-endian, C order."""
+        return self._file.pread(self._begin, self.nbytes, self.name)
+
+
 def _tensor(file: ReadFile, name: str, place: _Place) -> Tensor:
-    length = place.end - place.begin
     if place.dtype in _OPAQUE:
         # the stand-in dtype has the right size; read() refuses before anybody takes the bytes for numbers
         stand_in = "uint64" if _OPAQUE[place.dtype] == 8 else "uint8"
         return Tensor(name, stand_in, place.shape, _refusal(file.path, name, place.dtype))
-    return Tensor(name, DTYPES[place.dtype], place.shape, lambda: file.pread(place.begin, length, name))
+    return _Stored(file, name, place)
 
 
 def _refusal(path: str, name: str, dtype: str) -> Callable[[], bytes]:

@@ -58,7 +58,8 @@ class Tensor:
             array: Array = wide.view(np.float32).reshape(self.shape)
             return array
         little, native = _dtypes(self.dtype)
-        return np.frombuffer(data, little).astype(native, copy=True).reshape(self.shape)
+        array = np.frombuffer(data, little).astype(native, copy=True)
+        return array if len(self.shape) == 1 else array.reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.dtype}, {self.shape})"
