@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import bnport
 from bnport import adapters, convert, set_weights, verify
@@ -44,6 +44,61 @@ def test_a_pruned_layer_is_read_as_torch_computes_it_in_every_form(tmp_path):
         assert record.gamma.tobytes() == layer.weight.detach().numpy().tobytes()
         assert record.beta.tobytes() == layer.bias.detach().numpy().tobytes()
     with pytest.raises(InvalidValue, match=r"prune\.remove"):
+        set_weights(model, gamma=np.ones(6))
+
+
+FRACTIONS = [0.0, 1.0, 0.3, 0.7, -0.1, 1 / 3]  # of a mask: the products need rounding
+
+
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_pruned_layer_of_another_dtype_is_rounded_as_torch_rounds_the_product(tmp_path, dtype, mask_dtype):
+    layer = norm()
+    fractions = torch.tensor(FRACTIONS, dtype=dtype)
+    prune.custom_from_mask(layer.to(dtype), "weight", fractions)
+    prune.custom_from_mask(layer, "bias", fractions.flip(0))
+    if mask_dtype is not None:  # a mask in more digits than its weight has: torch rounds it before it multiplies
+        layer.weight_mask = torch.tensor(FRACTIONS, dtype=mask_dtype)
+    with torch.no_grad():
+        layer.weight_orig.copy_(torch.tensor([1.7, -0.33, 0.4321, 3.07, 1e-3, 5.9]))
+        layer.bias_orig.copy_(torch.tensor([0.1, -7.3, 6e-5, 0.9, -2.2, 1e-7]))
+        hooks = {hook._tensor_name: hook for hook in layer._forward_pre_hooks.values()}
+        expected = {role: hook.apply_mask(layer).double().numpy() for role, hook in hooks.items()}
+        plain = (layer.weight_orig.float() * torch.tensor(FRACTIONS)).double().numpy()
+    assert (expected["weight"] != plain).any()
+    model = torch.nn.Sequential(layer).eval()
+    torch.save(model.state_dict(), tmp_path / "sd.pth")
+    torch.save(model, tmp_path / "module.pth")
+    for source in (str(tmp_path / "sd.pth"), str(tmp_path / "module.pth"), model, model.state_dict()):
+        found = adapters.read(source)["0"]
+        assert found.dtype == str(dtype).removeprefix("torch.")
+        assert found.record.gamma.astype(np.float64).tolist() == expected["weight"].tolist()
+        assert found.record.beta.astype(np.float64).tolist() == expected["bias"].tolist()
+
+
+def test_a_weight_under_spectral_norm_is_refused_in_a_state_dict_and_computed_by_its_own_hook_live(tmp_path):
+    model = torch.nn.Sequential(spectral_norm(norm())).eval()
+    with torch.no_grad():
+        model[0].weight_orig.mul_(3)  # the weight of the last forward pass is stale now
+        stale = model[0].weight.clone().numpy()
+    bare, file, whole = model.state_dict(), str(tmp_path / "sd.pth"), str(tmp_path / "module.pth")
+    torch.save(bare, file)
+    torch.save(model, whole)
+    for saved in (bare, file, whole):
+        with pytest.raises(FormatError, match=r"by spectral_norm each time .*remove_spectral_norm\(layer, 'weight'\)"):
+            adapters.read(saved)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    read = adapters.read(model)["0"]
+    assert any("computed by spectral_norm" in note for note in read.notes)
+    gamma = read.record.gamma
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # no power iteration
+    x = np.random.default_rng(2).normal(size=(2, 6, 3, 3)).astype(np.float32)
+    y = np.moveaxis(output(model, x), 1, -1)  # the hook computes the weight anew
+    assert gamma.tobytes() == model[0].weight.detach().numpy().tobytes()
+    assert (gamma != stale).any()
+    seen = np.moveaxis(x, 1, -1)
+    assert (np.abs(read.record(seen) - y) <= read.record.error_bound(seen)).all()
+    with pytest.raises(InvalidValue, match="remove_spectral_norm"):
         set_weights(model, gamma=np.ones(6))
 
 
