@@ -17,7 +17,8 @@ Layers that do not depend on each other share a round (49 rounds for the 53 laye
 run on the same tensors in the same order as in the plain way, so the result is the same bit for bit.
 
 A layer that is used several times is measured at all its uses, pooled. If one use feeds another, no statistics satisfy
-the definition without a fixed point, and the layer is refused. A step without a graph (a subclassed model or a custom
+the definition without a fixed point, and the layer is refused; so is one that inference calls with training=True at one
+use only, because there it changes what the others normalise by. A step without a graph (a subclassed model or a custom
 layer with BatchNorm inside) falls back to prefix passes of that step alone, one per layer in it: slower, the same result.
 """
 
@@ -84,6 +85,8 @@ class Frontier:
                 self._places[id(norm)].append(looking)
         for key in [key for key, places in self._places.items() if not places]:  # a part of the model, not of its graph
             self.unused.append(self.open.pop(key))
+        for norm in self.open.values():
+            self._refuse_both(norm)
         self.rounds = self.batches = 0
         self.expected_rounds = self._count_rounds()
         self._work = self._hint = 0
@@ -125,6 +128,16 @@ class Frontier:
             f"{same_name(shared or norms)}: used several times, and one use feeds another, so that its population"
             " statistics would depend on themselves; use method='precise', or leave the layer out with layers="
         )
+
+    def _refuse_both(self, norm: Norm) -> None:
+        """Refuse a layer that inference calls both ways: one call moves what the other normalises by, with every batch."""
+        uses = [use for looking in self._places[id(norm)] for use in looking.uses or () if use.norm is norm]
+        if len({use.training for use in uses}) > 1:
+            raise Unrepresentable(
+                f"{printable(norm.name)}: inference calls it with training=True and without, and the former changes the"
+                " statistics that the latter normalises by, with every batch; leave the layer out with layers=, or freeze"
+                " it (trainable=False, and frozen=True here)"
+            )
 
     # ---- rounds
 
@@ -194,6 +207,8 @@ class Frontier:
                 else:
                     if looking.uses is None:
                         looking.trace(inputs)
+                        for norm in looking.norms:
+                            self._refuse_both(norm)
                     if id(step) not in targets:
                         targets[id(step)] = looking.targets(self.open)
                     if targets[id(step)]:

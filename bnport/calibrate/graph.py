@@ -43,11 +43,13 @@ class Step:
     run:             list of input values -> flat sequence of output values.
     norms:           the BatchNorm layers that it may call.
     whole:           True for a BatchNorm layer itself; False where they are somewhere inside.
+    training:        True for a BatchNorm layer itself that the graph calls with training=True whatever the model is called
+                     with (Keras 2), unless it is frozen.
     layer:           what is called; None for what the graph itself does with its inputs and outputs.
     written:         keys of inputs that it was seen to work on in place (torch; it was given a copy).
     """
 
-    __slots__ = ("inputs", "layer", "name", "norms", "outputs", "run", "whole", "written")
+    __slots__ = ("inputs", "layer", "name", "norms", "outputs", "run", "training", "whole", "written")
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Step:
     ) -> None:
         self.name, self.inputs, self.outputs, self.run = name, inputs, outputs, run
         self.norms, self.whole, self.layer = norms, whole, layer
+        self.training = False
         self.written: set[Key] = set()
 
     def __repr__(self) -> str:
@@ -294,6 +297,7 @@ class _Builder:
             return flat
 
         outputs = self.add(layer.name, keys, len(node.flat_output_ids), run, layer)
+        self.steps[-1].training = bool(self.steps[-1].whole and layer.trainable and node.call_kwargs.get("training"))
         known.update(zip(node.flat_output_ids, outputs, strict=True))
 
 

@@ -56,6 +56,14 @@ def _given(space: dict[str, Any], call: Any) -> Iterator[None]:
             space["call"] = old
 
 
+def in_training(norm: Norm, original: Callable[..., Any], x: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this call normalises by its batch and moves the stored statistics: training, and not frozen."""
+    training = kwargs.get("training")
+    if args:
+        training = inspect.signature(original).bind(x, *args, **kwargs).arguments.get("training")
+    return bool(norm.layer.trainable and training)
+
+
 def _interceptor(norm: Norm, original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
     def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("mask")

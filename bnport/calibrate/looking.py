@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.calibrate.hooks import hooked
+from bnport.calibrate.hooks import hooked, in_training
 from bnport.calibrate.models import Stop
 from bnport.calibrate.moments import Tree
 from bnport.errors import BnportError, InvalidValue, listed, printable
@@ -26,15 +26,16 @@ BEHIND = 2  # batches that may wait for the pool: they are held in memory
 class Use:
     """One call of a BatchNorm layer within a step.
 
-    after: numbers of the earlier calls in the same step that its input may depend on.
-    tree:  the moments of its input so far.
-    done:  whether all batches have been seen.
+    after:    numbers of the earlier calls in the same step that its input may depend on.
+    training: whether it is called with training=True also at inference.
+    tree:     the moments of its input so far.
+    done:     whether all batches have been seen.
     """
 
-    __slots__ = ("after", "done", "norm", "tree")
+    __slots__ = ("after", "done", "norm", "training", "tree")
 
-    def __init__(self, norm: Norm, after: set[int]) -> None:
-        self.norm, self.after = norm, after
+    def __init__(self, norm: Norm, after: set[int], training: bool) -> None:
+        self.norm, self.after, self.training = norm, after, training
         self.tree, self.done = Tree(), False
 
 
@@ -52,7 +53,8 @@ class Looking:
         self.live, self.step, self.norms = live, step, norms
         self.pool: Executor | None = None
         self._pending: deque[Future[Moments]] = deque()
-        self.uses: list[Use] | None = [Use(norms[0], set())] if step.whole else None
+        self._training: list[bool] = []  # of the calls that `calls` found
+        self.uses: list[Use] | None = [Use(norms[0], set(), step.training)] if step.whole else None
 
     def targets(self, unknown: Container[int]) -> list[int]:
         """Calls that can be measured now; `unknown` holds the ids of the layers that have no statistics yet."""
@@ -122,6 +124,7 @@ class Looking:
     def trace(self, inputs: list[Any]) -> None:
         """Find the calls, on one batch."""
         calls, before = self.calls(inputs)
+        training = self._training
         earlier = [set(range(k)) for k in range(len(calls))]
         if len({id(norm) for norm in calls}) < len(calls):
             for spoiled in range(len(calls)):
@@ -129,7 +132,7 @@ class Looking:
                 for k in range(spoiled + 1, len(calls)):
                     if k >= len(now) or now[k] == before[k]:
                         earlier[k].discard(spoiled)
-        self.uses = [Use(norm, after) for norm, after in zip(calls, earlier, strict=True)]
+        self.uses = [Use(*use) for use in zip(calls, earlier, training, strict=True)]
 
     def calls(self, inputs: list[Any]) -> tuple[list[Norm], list[bytes]]:
         """The layers that one batch calls, in order, and digests of their inputs; also those inside a tf.function."""
@@ -147,10 +150,12 @@ class Looking:
 
         calls: list[Norm] = []
         digests: list[bytes] = []
+        self._training = []
 
         def hook(norm: Norm, original: Callable[..., Any], x: Any, _: Any, args: Any, kwargs: Any) -> Any:
             array = self.live.values(norm, x)
             calls.append(norm)
+            self._training.append(in_training(norm, original, x, args, kwargs))
             digests.append(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
             out = original(x, *args, **kwargs)
             return out * float("nan") if len(calls) - 1 == spoiled else out

@@ -75,8 +75,7 @@ class Norm:
         self.base, self.plain = _base(layer)
         self.before = self._snapshot()
         self.exact: tuple[Array, Array] | None = None  # what was written last, before rounding
-        dtype = layer.moving_variance.dtype
-        self.dtype: str = getattr(dtype, "name", None) or str(dtype)
+        self.dtype: str = self.before[1].dtype.name  # JAX may hold float32 in a variable that says float64
         self.precision = _PRECISION.get(self.dtype, 2.0**-53)
 
     def _variables(self) -> list[Any]:
@@ -393,7 +392,8 @@ def _keras_of(model: Any) -> Any:
             return sys.modules[package]
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     raise InvalidValue(
-        f"expected a live Keras model, got a {printable(kind)}; for a file use bnport.calibrate.calibrate_file"
+        f"expected a live Keras model, got a {printable(kind)}; for a file: the command bnport calibrate, or"
+        " bnport.calibrate.file.calibrate_file()"
     )
 
 

@@ -84,7 +84,7 @@ def calibrate(
     error or interruption, none; the result's undo() puts them back. The model runs eagerly, at inference.
 
     Raises InvalidValue (data or arguments that do not fit, NaN), NotFound (no layer), Unrepresentable (statistics that
-    do not fit the layer's dtype, a shared layer that feeds itself with "population"), FormatError (a damaged checkpoint).
+    do not fit the layer's dtype; with "population" a shared layer that feeds itself, or is also called in training), FormatError.
     """
     if method not in METHODS:
         raise InvalidValue(f"method: expected one of {', '.join(METHODS)}, got {printable(method)!r}")

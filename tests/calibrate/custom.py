@@ -13,7 +13,7 @@ import pytest
 
 from bnport.calibrate.run import METHODS, calibrate
 from bnport.errors import InvalidValue, Unrepresentable
-from tests.calibrate import nets
+from tests.calibrate import custom_calls, nets
 from tests.calibrate.nets import L, keras, numpy
 
 KERAS_2 = keras.__name__ == "tf_keras"
@@ -412,6 +412,7 @@ CHECKS = [
     nothing_else_changes,
     a_trainable_weight_that_a_layer_writes_to,
     layers_that_work_in_place,
+    *custom_calls.CHECKS,
 ]
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""More of custom.py's checks: layers that inference calls in two ways, and dtypes that a backend does not have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bnport.calibrate.run import METHODS, calibrate
+from bnport.errors import Unrepresentable
+from tests.calibrate import nets
+from tests.calibrate.nets import L, keras, numpy
+
+KERAS_2 = keras.__name__ == "tf_keras"
+BACKEND = "tensorflow" if KERAS_2 else keras.backend.backend()
+
+
+class Both(L.Layer):
+    """One BatchNorm layer, called in training on one thing and at inference on another."""
+
+    def __init__(self, first, **options):
+        super().__init__(**options)
+        self.bn, self.first = L.BatchNormalization(name="both"), first
+
+    def build(self, shape):
+        self.bn.build(shape)
+        self.built = True
+
+    def call(self, x):
+        trained = self.bn(5 * x, training=True) if self.first else 0
+        plain = self.bn(x, training=False)  # said: Keras 3 hands training=True on to the calls that follow
+        return plain + (trained if self.first else self.bn(5 * x, training=True))
+
+
+def a_layer_that_inference_calls_in_training_and_without_is_refused():
+    i, x = keras.Input((4,)), nets.data(70, (4,))
+    shared = L.BatchNormalization(name="both")
+    models = [keras.Model(i, Both(first)(i)) for first in (True, False)]
+    if KERAS_2:  # Keras 3 overrides what a graph says about training
+        models.append(keras.Model(i, [shared(5 * i, training=True), shared(i)]))
+    for model in models:
+        before = nets.held(model)
+        with pytest.raises(Unrepresentable, match=r"both: inference calls it with training=True and without.*frozen=True"):
+            calibrate(model, x)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(before, nets.held(model), strict=True))
+    for model in models:  # frozen, it normalises by what is stored at every call
+        for layer in (shared, *[layer.bn for layer in model.layers if isinstance(layer, Both)]):
+            layer.trainable = False
+        (layer,) = calibrate(model, x, frozen=True).layers
+        mean, variance = nets.two_pass([x, 5 * x])
+        assert layer.n == 140
+        np.testing.assert_allclose(layer.mean, mean, rtol=1e-6)
+        np.testing.assert_allclose(layer.variance, variance, rtol=1e-6)
+
+
+def statistics_of_64_bits_and_what_a_backend_makes_of_them():
+    """JAX stores float32 in a layer of float64 unless it is told otherwise: rounded to what is there, and no refusal."""
+    i = keras.Input((4,), dtype="float64")
+    for method in METHODS:
+        layer = L.BatchNormalization(dtype="float64", momentum=0.0, name="wide")
+        model = keras.Model(i, layer(i))
+        x = nets.data(70, (4,)).astype("f8") / 3
+        (found,) = calibrate(model, x, batch_size=70, method=method).layers
+        given = x.astype(numpy(layer.moving_variance.numpy()).dtype).astype("f8")
+        mean, variance = nets.two_pass([given])
+        unit = 3 * np.finfo(numpy(layer.moving_variance.numpy()).dtype).eps
+        np.testing.assert_allclose(found.mean, mean, rtol=unit)
+        np.testing.assert_allclose(found.variance, variance, rtol=unit)
+
+
+CHECKS = [
+    a_layer_that_inference_calls_in_training_and_without_is_refused,
+    statistics_of_64_bits_and_what_a_backend_makes_of_them,
+]
