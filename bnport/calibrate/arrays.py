@@ -2,7 +2,9 @@
 
 The header is parsed here and held against the bytes that are there before anything is allocated; object arrays (which
 would need pickle) are refused by their dtype. `.npz` members that are stored are read in place; deflated ones are
-inflated as a stream, so memory stays that of one batch whatever a member declares.
+inflated as a stream, so memory stays that of one batch whatever a member declares. Rows in Fortran order lie scattered
+over the whole file, which is mapped therefore; a deflated member in Fortran order is first inflated into a temporary file
+that has no name, so that nothing of it is left whatever ends this process.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from bnport._lazy import np
 from bnport.containers.files import ReadFile
 from bnport.containers.zip import DEFLATED, STORED, Archive
-from bnport.errors import FormatError, printable
+from bnport.errors import FormatError, OutputError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -164,12 +166,34 @@ def _plain_dtype(descr: object, name: str) -> Any:
 def _opened(read: Callable[[int, int], bytes], size: int, name: str, place: tuple[str, int] | None) -> Rows:
     head = _Header(read, size, name)
     if head.fortran and len(head.shape) > 1:
-        if place is None:
-            raise FormatError(f"{name}: is compressed and in Fortran order; save numpy.ascontiguousarray(x) instead")
-        path, offset = place
-        mapped: Rows = np.memmap(path, head.dtype, "r", offset + head.start, head.shape, order="F")
+        if isinstance(read, _Window):  # what is mapped is not checked as it is read
+            read.whole()
+        file, offset = (_inflated(read, size, name), 0) if place is None else place
+        mapped: Rows = np.memmap(file, head.dtype, "r", offset + head.start, head.shape, order="F")
         return mapped
     return _FileRows(read, head, name)
+
+
+def _inflated(read: Callable[[int, int], bytes], size: int, name: str) -> Any:
+    """All `size` bytes in a temporary file without a name. OutputError where they do not fit."""
+    import shutil
+    import tempfile
+
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    try:
+        if size > free:
+            raise OSError(f"{free} bytes are free")
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (it lives as long as what is mapped from it)
+        for start in range(0, size, _BLOCK):
+            file.write(read(start, min(_BLOCK, size - start)))
+        file.flush()
+    except OSError as error:
+        raise OutputError(
+            f"{name}: is compressed and in Fortran order, and its {size} bytes do not fit into {printable(folder)}"
+            f" ({printable(error, 120)}); save numpy.ascontiguousarray(x) instead"
+        ) from None
+    return file
 
 
 def npy(path: str) -> Rows:
@@ -221,6 +245,12 @@ class _Window:
     def __init__(self, archive: Archive, name: str) -> None:
         self.archive, self.name = archive, name
         self._crc = self._at = 0
+
+    def whole(self) -> None:
+        """Read all of it once, so that its CRC is checked."""
+        size = self.archive.member(self.name).size
+        for start in range(0, size, _BLOCK):
+            self(start, min(_BLOCK, size - start))
 
     def __call__(self, offset: int, length: int) -> bytes:
         data = self.archive.pread(self.name, offset, length)

@@ -35,7 +35,8 @@ class Source(NamedTuple):
 
 
 def to_numpy(value: Any) -> Array:
-    """A tensor of any framework as a numpy array; 16-bit floats that numpy does not have widen to float32.
+    """A tensor of any framework as a numpy array in the machine's byte order (torch takes no other); 16-bit floats that
+    numpy does not have widen to float32.
 
     Raises InvalidValue for a masked array: numpy would hand out what the mask hides.
     """
@@ -49,7 +50,7 @@ def to_numpy(value: Any) -> Array:
             value = value.float()
         value = value.numpy()
     array: Array = np.asarray(value)
-    return array
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def mapped(batch: Any, function: Callable[[Any], Any]) -> Any:

@@ -68,6 +68,12 @@ SOURCES = {
     "npz": lambda tmp: (np.savez(tmp / "x.npz", anything=X), str(tmp / "x.npz"))[1],
     "fortran npz": lambda tmp: (np.savez(tmp / "x.npz", anything=np.asfortranarray(X)), str(tmp / "x.npz"))[1],
     "compressed npz": lambda tmp: (np.savez_compressed(tmp / "x.npz", a=X), str(tmp / "x.npz"))[1],
+    "compressed fortran npz": lambda tmp: (
+        np.savez_compressed(tmp / "x.npz", a=np.asfortranarray(X)),
+        str(tmp / "x.npz"),
+    )[1],
+    "big-endian array": lambda tmp: X.astype(">f4"),
+    "big-endian fortran npy": lambda tmp: npy(tmp / "f.npy", np.asfortranarray(X.astype(">f4"))),
     "npz named like the input": lambda tmp: (np.savez(tmp / "n.npz", image=X, y=LABELS), str(tmp / "n.npz"))[1],
     "folder of npy": lambda tmp: (
         npy(tmp / "0.npy", X[:33]),
