@@ -15,8 +15,8 @@ import math
 import sys
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, np
-from bnport.errors import InvalidValue, Unrepresentable
-from bnport.rounding import LARGEST, UNDERFLOW, UNIT_ROUNDOFF, meant_epsilon, round_to
+from bnport.errors import InvalidValue
+from bnport.rounding import UNDERFLOW, UNIT_ROUNDOFF, meant_epsilon, round_to
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
@@ -142,16 +142,15 @@ class BatchNorm:
             _refuse_not_finite(mean=mean, variance=variance, gamma=gamma, beta=beta)
         values.setflags(write=False)
         put(self, "values", values)
-        gamma, beta, mean, variance = values
-        put(self, "gamma", gamma)
-        put(self, "beta", beta)
-        put(self, "mean", mean)
-        put(self, "variance", variance)
-        if not variance.item(variance.argmin()) + self.epsilon > 0:
-            bad = variance.astype(np.float64) + self.epsilon <= 0
+        put(self, "gamma", values[0])
+        put(self, "beta", values[1])
+        put(self, "mean", values[2])
+        put(self, "variance", held := values[3])
+        if not held.item(held.argmin()) + self.epsilon > 0:
+            bad = held.astype(np.float64) + self.epsilon <= 0
             at = int(np.argmax(bad))
             raise InvalidValue(
-                f"variance + epsilon must be positive; {first_channels(bad)}: variance {float(variance[at])!r}"
+                f"variance + epsilon must be positive; {first_channels(bad)}: variance {float(held[at])!r}"
                 f" + epsilon {self.epsilon!r}"
             )
 
@@ -183,7 +182,8 @@ class BatchNorm:
     @property
     def channels(self) -> int:
         """C, the number of channels."""
-        return self.values.shape[1]
+        channels: int = self.values.shape[1]
+        return channels
 
     @property
     def std(self) -> Array:
@@ -326,7 +326,7 @@ class BatchNorm:
         rows += [np.full(self.channels, float(k)) for k in (0, 1, -1)]
         return round_to(np.stack(rows), dtype)
 
-    # ---- the same function in another form
+    # ---- the same function in another form: bnport.algebra, which a listing does without
 
     def with_epsilon(self, epsilon: float) -> BatchNorm:
         """The same function with another epsilon; float64 arrays, (a, b) kept within 2 ulps of float64.
@@ -336,25 +336,9 @@ class BatchNorm:
         variance is never made: legal here, it amplifies rounding up to 48 000 times and is NaN to other readers. Raises
         Unrepresentable where that overflows.
         """
-        epsilon = checked_epsilon(epsilon)
-        if epsilon == self.epsilon:
-            return self
-        variance = self.variance.astype(np.float64)
-        gamma = self.gamma.astype(np.float64)
-        total = variance + self.epsilon
-        shifted = total - epsilon
-        if self.epsilon > epsilon:  # one rounding instead of two when epsilon shrinks; a negative variance cancels
-            shifted = np.where(variance < 0, shifted, variance + (self.epsilon - epsilon))
-        fits = (shifted >= 0) & (shifted + epsilon > 0)
-        new_variance = np.where(fits, shifted, np.maximum(variance, 0.0))
-        with np.errstate(over="ignore"):
-            new_gamma = np.where(fits, gamma, gamma * np.sqrt((new_variance + epsilon) / total))
-        for name, array in (("variance", new_variance), ("gamma", new_gamma)):
-            if not np.isfinite(array).all():
-                raise Unrepresentable(
-                    f"{first_channels(~np.isfinite(array))}: {name} would overflow with epsilon {epsilon!r}"
-                )
-        return self.replace(gamma=new_gamma, variance=new_variance, epsilon=epsilon)
+        from bnport.algebra import with_epsilon
+
+        return with_epsilon(self, epsilon)
 
     def without_gamma(self) -> BatchNorm:
         """The same function with gamma = 1 (a layer with scale=False): variance' = (variance + epsilon) / gamma**2 - epsilon.
@@ -362,47 +346,18 @@ class BatchNorm:
         Channels with gamma == 1 stay as they are. Raises Unrepresentable for a gamma <= 0 or a slope steeper than
         1/sqrt(epsilon): neither beta nor mean can change a slope.
         """
-        gamma = self.gamma.astype(np.float64)
-        one = gamma == 1
-        if one.all():
-            return self
-        variance = self.variance.astype(np.float64)
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            absorbed = np.where(one, variance, (variance + self.epsilon) / gamma**2 - self.epsilon)
-        for bad, why in (
-            (gamma <= 0, "gamma is not positive"),
-            (~one & ~(absorbed >= 0), f"its slope is steeper than 1/sqrt(epsilon {self.epsilon!r})"),
-            (~np.isfinite(absorbed), "its variance would overflow"),
-        ):
-            if bad.any():
-                raise Unrepresentable(
-                    f"{first_channels(bad)} cannot be held without gamma (scale=False): {why}."
-                    " Use a target with scale=True, or a smaller epsilon"
-                )
-        return self.replace(gamma=np.ones_like(gamma), variance=absorbed)
+        from bnport.algebra import without_gamma
+
+        return without_gamma(self)
 
     def without_beta(self) -> BatchNorm:
         """The same function with beta = 0 (a layer with center=False): mean' = mean - beta / a.
 
         Channels with beta == 0 stay as they are. Raises Unrepresentable where gamma is 0 and beta is not.
         """
-        beta = self.beta.astype(np.float64)
-        if not beta.any():
-            return self
-        a, _ = self.affine()
-        bad = (a == 0) & (beta != 0)
-        if bad.any():
-            raise Unrepresentable(
-                f"{first_channels(bad)} cannot be held without beta (center=False): gamma is 0, so no mean gives"
-                " that output. Use a target with center=True"
-            )
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            mean = np.where(beta == 0, self.mean, self.mean - beta / np.where(a == 0, 1.0, a))
-        if not np.isfinite(mean).all():
-            raise Unrepresentable(
-                f"{first_channels(~np.isfinite(mean))}: mean would overflow without beta (center=False)"
-            )
-        return self.replace(beta=np.zeros_like(beta), mean=mean)
+        from bnport.algebra import without_beta
+
+        return without_beta(self)
 
     def rounded(self, dtype: str) -> BatchNorm:
         """Every array rounded once to `dtype` (float64, float32, float16, bfloat16), as the target layer will hold it.
@@ -410,29 +365,9 @@ class BatchNorm:
         Raises Unrepresentable, naming the channel, where a value overflows, or where underflow would change a, or
         a mean or a beta that matters, by more than `dtype`'s rounding.
         """
-        rounded = {name: round_to(getattr(self, name), dtype) for name in FIELDS}
-        for name, array in rounded.items():
-            over = ~np.isfinite(array)
-            if over.any():
-                at = int(np.argmax(over))
-                raise Unrepresentable(
-                    f"{name}, {first_channels(over)}: {float(getattr(self, name)[at])!r} does not fit {dtype}"
-                    f" (largest {LARGEST[dtype]:g})"
-                )
-        lost = rounded["variance"].astype(np.float64) + self.epsilon <= 0
-        if lost.any():
-            raise Unrepresentable(f"variance, {first_channels(lost)}: underflows to 0 in {dtype} and epsilon is 0")
-        result = self.replace(**rounded)
-        u = UNIT_ROUNDOFF[dtype]
-        (a, _), (new_a, _) = self.affine(), result.affine()
-        bad = np.abs(new_a - a) > 2 * u * np.abs(a)
-        # a channel's output moves by less than its own spread times u: mean in units of std, beta in units of gamma
-        for name, spread in (("mean", self.std), ("beta", np.abs(self.gamma.astype(np.float64)))):
-            old, new = getattr(self, name).astype(np.float64), getattr(result, name).astype(np.float64)
-            bad |= np.abs(new - old) > u * np.maximum(np.abs(old), spread)
-        if bad.any():
-            raise Unrepresentable(f"{first_channels(bad)}: values underflow in {dtype} and would change the function")
-        return result
+        from bnport.algebra import rounded
+
+        return rounded(self, dtype)
 
     def fit(
         self, *, scale: bool = True, center: bool = True, epsilon: float | None = None, dtype: str = "float32"
@@ -443,27 +378,9 @@ class BatchNorm:
         else None (the record's is kept). `dtype`: how the target stores its arrays. Exact where nothing had to
         change, absorbed by the algebra above, or Unrepresentable with the channel.
         """
-        notes: list[str] = []
-        fitted = self
-        if epsilon is not None and checked_epsilon(epsilon) != self.epsilon:
-            fitted = self.with_epsilon(epsilon)
-            by_gamma = int(np.count_nonzero(fitted.gamma != self.gamma))
-            where = {0: "variance", self.channels: "gamma"}.get(by_gamma, f"variance and gamma ({by_gamma} channels)")
-            notes.append(f"epsilon {self.epsilon!r} -> {fitted.epsilon!r} absorbed into {where}")
-        for absent, change, note in (
-            (not scale, BatchNorm.without_gamma, "gamma absorbed into variance (target has scale=False)"),
-            (not center, BatchNorm.without_beta, "beta absorbed into mean (target has center=False)"),
-        ):
-            if absent:
-                before, fitted = fitted, change(fitted)
-                if fitted is not before:
-                    notes.append(note)
-        stored = fitted.rounded(dtype)
-        if stored != fitted:
-            if fitted is self:
-                notes.append(f"rounded to {dtype}")
-            fitted = stored
-        return Fit(fitted, tuple(notes))
+        from bnport.algebra import fit
+
+        return fit(self, scale=scale, center=center, epsilon=epsilon, dtype=dtype)
 
 
 class Fit(NamedTuple):

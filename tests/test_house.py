@@ -18,14 +18,15 @@ TESTS = os.path.dirname(__file__)
 
 # Each room and the rooms it may import; a room is a module or package directly under bnport.
 # `adapters` itself (finding and reading) may be imported where a path or object must be read.
-RECORDS = {"_lazy", "errors", "rounding", "record"}
+RECORDS = {"_lazy", "errors", "rounding", "record"}  # `algebra` is used through the methods of BatchNorm
 ALLOWED = {
     "__init__": None,  # may offer anything, lazily
     "__main__": {"cli"},
     "_lazy": set(),
     "errors": set(),
     "rounding": {"_lazy", "errors", "record"},  # record: for the type of an array only
-    "record": {"_lazy", "errors", "rounding"},
+    "record": {"_lazy", "errors", "rounding", "algebra"},
+    "algebra": RECORDS,
     "layer": RECORDS,
     "containers": {"_lazy", "errors", "record"},  # record: for the type of an array only
     "adapters": {*RECORDS, "layer", "containers"},
