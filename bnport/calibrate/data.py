@@ -56,6 +56,7 @@ class Batches:
     by_position: whether batch k is read from files by its number, so that it is the same in every run while they are.
     fingerprint: of such files: changes when they do (names, sizes, times); else None.
     limit:       stop after so many samples, or None.
+    bytes:       whether it is an array of uint8 that looks like images.
     notes:       what a report should say about them (samples that a loader drops, a random order, keys left out).
     """
 
@@ -66,6 +67,7 @@ class Batches:
         "_started",
         "_stored",
         "by_position",
+        "bytes",
         "kept",
         "length",
         "limit",
@@ -78,6 +80,7 @@ class Batches:
     def __init__(self, source: Source, settings: _Settings) -> None:
         self._make, self._settings, self._started, self._size = source.make, settings, False, source.batch_size
         self.name, self.repeatable, self.kept = source.name, source.repeatable, source.kept
+        self.bytes = source.bytes
         self._stored, self.by_position = source.fingerprint, source.fingerprint is not None
         self.samples, self.length, self.notes = source.samples, source.length, list(source.notes)
         self.limit = limit = settings.limit

@@ -2,7 +2,7 @@
 
 Every image file below the folder, in the order of the paths. How the pixels reach the model is said, never guessed:
 
-    size            (height, width) to resize to; default the model's input size, where that is fixed
+    size            (height, width) to resize to, or one number for both; default the model's input size, where that is fixed
     loader          "load_img": keras.utils.load_img (Pillow), any backend, the default
                     "dataset": keras.utils.image_dataset_from_directory (needs TensorFlow); resizing differs in detail,
                     so name the loader that the model was trained with
@@ -12,7 +12,9 @@ Every image file below the folder, in the order of the paths. How the pixels rea
     offset          added after scaling: scale "1/127.5", offset -1 for -1 ... 1
     preprocessing   instead of scale and offset, the preprocess_input of a keras.applications module: "resnet50"
 
-Without scale or preprocessing the model must begin by rescaling itself (a Rescaling or Normalization layer first).
+Without scale or preprocessing the model must begin by rescaling 0 ... 255 itself: with a Rescaling layer that makes no
+more than -10 ... 10 of it, or with a Normalization layer whose variances are all above 1. (Pixels of 0 ... 1 have a
+variance of 1/4 at most, those of -1 ... 1 one of 1 at most: such a layer was adapted to neither.)
 
 Refused, with the file's name: what is no regular file, an image of more than decoding.PIXELS_LIMIT pixels, formats that are
 not the suffixes' own, and grey images of 16 or 32 bits with load_img, which leaves them unscaled or clips them at 255.
@@ -55,7 +57,7 @@ class ImageFolder:
         path: str,
         *,
         batch_size: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
         loader: str = "load_img",
         interpolation: str = "bilinear",
         crop: bool = False,
@@ -77,12 +79,12 @@ class ImageFolder:
             if height is None or width is None:
                 raise Question(f"{live.what}: its input has no fixed size; say which with size (--size HEIGHT,WIDTH)")
             size = (height, width)
-        self.size = (int(size[0]), int(size[1]))
+        self.size = _checked_size(size)
         modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
         if channels not in modes:
             raise InvalidValue(f"{live.what}: its input has {channels} channels; images have 1, 3 or 4")
         self.mode = modes[channels]
-        self.finish, said = _pixels(live, scale, offset, preprocessing)
+        self.finish, said = _pixels(live, scale, offset, preprocessing, channels)
         decoder = "keras.utils.load_img" if loader == "load_img" else "keras.utils.image_dataset_from_directory"
         self.notes = [
             f"{len(self.files)} images decoded by {decoder}, {self.mode}, resized to {self.size[0]} x {self.size[1]}"
@@ -146,10 +148,13 @@ class ImageFolder:
             ) from None
         for file in self.files:  # now: the dataset opens them on threads of its own
             _regular(file)
-        return self.live.keras.utils.image_dataset_from_directory(
-            self.path, labels=None, color_mode=self.mode, batch_size=self.batch_size, image_size=self.size,
-            shuffle=False, interpolation=self.interpolation, crop_to_aspect_ratio=self.crop, verbose=False,
-        )  # fmt: skip
+        try:
+            return self.live.keras.utils.image_dataset_from_directory(
+                self.path, labels=None, color_mode=self.mode, batch_size=self.batch_size, image_size=self.size,
+                shuffle=False, interpolation=self.interpolation, crop_to_aspect_ratio=self.crop, verbose=False,
+            )  # fmt: skip
+        except ValueError as error:  # an interpolation that it does not know
+            raise InvalidValue(f"{printable(self.path)}: {printable(error, 300)}") from None
 
     def _from_dataset(self, number: int) -> Array:
         if number != self._next:
@@ -240,8 +245,20 @@ def _input(live: LiveModel) -> tuple[bool, tuple[int | None, int | None, int | N
     return False, (a, b, c)
 
 
+def _checked_size(size: Any) -> tuple[int, int]:
+    """(height, width) of a size as it was asked for."""
+    pair = (size, size) if isinstance(size, int | np.integer) else size
+    if not (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(k, int | np.integer) and not isinstance(k, bool) and k > 0 for k in pair)
+    ):
+        raise InvalidValue(f"size: expected (height, width), such as (224, 224), got {printable(repr(size), 60)}")
+    return int(pair[0]), int(pair[1])
+
+
 def _pixels(
-    live: LiveModel, scale: str | float | None, offset: float, preprocessing: str | None
+    live: LiveModel, scale: str | float | None, offset: float, preprocessing: str | None, channels: int
 ) -> tuple[Callable[[Array], Any], str]:
     """What happens to decoded pixels (0 ... 255, float32), and how to say it."""
     if preprocessing is not None:
@@ -253,17 +270,24 @@ def _pixels(
             raise NotFound(
                 f"preprocessing: keras.applications has no {printable(preprocessing)!r}; there are {listed(known, 40)}"
             )
+        if channels != 3:
+            raise InvalidValue(
+                f"preprocessing: is for images of 3 channels, {live.what} takes {channels}; say scale and offset instead"
+            )
         function = getattr(applications, preprocessing).preprocess_input
         return (
             lambda pixels: function(pixels, data_format="channels_last"),
             f"keras.applications.{preprocessing}.preprocess_input",
         )
     if scale is None:
-        kinds = [type(layer).__name__ for layer in getattr(live.model, "layers", ())]
-        if not {"Rescaling", "Normalization"} & set(kinds[:3]):
+        if offset:
+            raise InvalidValue(f"offset {offset}: is added after scaling; give scale too (1 for 0 ... 255 as they are)")
+        layer = _scaling_layer(live)
+        if not _takes_bytes(layer):
+            unsure = f" Its layer {printable(layer.name)!r} does not tell:" if layer is not None else ""
             raise Question(
-                f"{live.what}: how are pixels scaled for it? scale 1 (0 ... 255), 1/255 (0 ... 1), 1/127.5 with offset -1"
-                " (-1 ... 1), or preprocessing with the name of a keras.applications module"
+                f"{live.what}: how are pixels scaled for it?{unsure} scale 1 (0 ... 255), 1/255 (0 ... 1), 1/127.5 with"
+                " offset -1 (-1 ... 1), or preprocessing with the name of a keras.applications module"
             )
         return (lambda pixels: pixels), "pixels 0 ... 255, which the model's own first layers rescale"
     factor = _number(scale)
@@ -272,6 +296,34 @@ def _pixels(
     return (
         lambda pixels: pixels * np.float32(factor) + np.float32(offset),
         f"pixels times {printable(scale)}{f' plus {offset}' if offset else ''}",
+    )
+
+
+def rescales_bytes(live: LiveModel) -> bool:
+    """Whether a model says that it takes pixels 0 ... 255: by integers as inputs, or by the layer that it begins with."""
+    tensors = getattr(live.model, "inputs", None) or ()
+    dtypes = [str(getattr(x.dtype, "name", x.dtype)) for x in tensors]
+    return (bool(dtypes) and not any("float" in dtype for dtype in dtypes)) or _takes_bytes(_scaling_layer(live))
+
+
+def _scaling_layer(live: LiveModel) -> Any:
+    """The Rescaling or Normalization layer among the first three, or None."""
+    layers = getattr(live.model, "layers", ())[:3]
+    return next((layer for layer in layers if type(layer).__name__ in ("Rescaling", "Normalization")), None)
+
+
+def _takes_bytes(layer: Any) -> bool:
+    """Whether a Rescaling or Normalization layer can only be meant for pixels 0 ... 255: see the module."""
+    if layer is None:
+        return False
+    if type(layer).__name__ == "Rescaling":
+        ends = np.asarray(layer.scale, float) * np.array([[0.0], [255.0]]) + np.asarray(layer.offset, float)
+        return bool((np.abs(ends) <= 10).all())
+    variance = getattr(layer, "variance", None)  # None until it is adapted
+    return (
+        variance is not None
+        and not layer.invert
+        and bool((np.asarray(variance.numpy() if hasattr(variance, "numpy") else variance) > 1).all())
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bnport.calibrate import data as data_module
 from bnport.calibrate import identity
 from bnport.calibrate.checkpoint import Checkpoint, delete, packed, unpacked
-from bnport.calibrate.folder import ImageFolder
+from bnport.calibrate.folder import ImageFolder, rescales_bytes
 from bnport.calibrate.frontier import Frontier
 from bnport.calibrate.models import LiveModel
 from bnport.calibrate.moments import Moments
@@ -84,7 +84,8 @@ def calibrate(
     error or interruption, none; the result's undo() puts them back. The model runs eagerly, at inference.
 
     Raises InvalidValue (data or arguments that do not fit, NaN), NotFound (no layer), Unrepresentable (statistics that
-    do not fit the layer's dtype; with "population" a shared layer that feeds itself, or is also called in training), FormatError.
+    do not fit the layer's dtype; with "population" a shared layer that feeds itself, or that inference also calls in
+    training), FormatError (a damaged checkpoint).
     """
     if method not in METHODS:
         raise InvalidValue(f"method: expected one of {', '.join(METHODS)}, got {printable(method)!r}")
@@ -102,6 +103,11 @@ def calibrate(
     batches = data_module.read(
         data, inputs=live.inputs(), batch_size=batch_size, key=key, minimum=minimum, limit=limit, images=open_images
     )
+    if batches.bytes and not rescales_bytes(live):
+        notes.append(
+            f"{batches.name}: uint8, which reaches the model as 0 ... 255; right if that is how it was trained, else scale"
+            " the data first"
+        )
     run = _Run(live, selected, batches, method, unbiased, budget, spill, resume, progress)
     if engine is not None:
         settings = {"batch_size": batch_size, "key": key, "limit": limit, "images": dict(images) if images else None}

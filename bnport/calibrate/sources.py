@@ -31,6 +31,7 @@ class Source(NamedTuple):
     fingerprint: Callable[[], str] | None = None  # of files, whose batch k is the same in every run
     notes: tuple[str, ...] = ()
     batch_size: int | None = None
+    bytes: bool = False  # rows of uint8 with more than one axis each: pixels, most likely
     kept: bool = False  # nobody writes into a batch once it was given; a generator may fill one buffer again and again
 
 
@@ -84,7 +85,8 @@ def _rows_source(
         for start in range(skip * size, samples, size):
             yield mapped(arrays, lambda array: array[start : start + size])  # noqa: B023
 
-    return Source(name, make, True, samples, -(-samples // size), fingerprint, notes, size, True)
+    raw = any("uint8" in str(array.dtype) and len(array.shape) > 2 for array in flat)
+    return Source(name, make, True, samples, -(-samples // size), fingerprint, notes, size, raw, True)
 
 
 def of_path(path: str, inputs: Inputs | None, batch_size: int | None, key: str | None) -> Source:

@@ -39,7 +39,9 @@ def a_layer_that_inference_calls_in_training_and_without_is_refused():
         models.append(keras.Model(i, [shared(5 * i, training=True), shared(i)]))
     for model in models:
         before = nets.held(model)
-        with pytest.raises(Unrepresentable, match=r"both: inference calls it with training=True and without.*frozen=True"):
+        with pytest.raises(
+            Unrepresentable, match=r"both: inference calls it with training=True and without.*frozen=True"
+        ):
             calibrate(model, x)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(before, nets.held(model), strict=True))
     for model in models:  # frozen, it normalises by what is stored at every call

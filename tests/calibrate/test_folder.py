@@ -102,6 +102,69 @@ def test_how_pixels_are_scaled_is_asked_unless_the_model_does_it_itself(photos):
     assert calibrate(free, photos, images={"scale": 1, "size": (10, 12)})["bn"].n == 40 * 120
 
 
+SCALING = {  # a first layer, and whether only pixels of 0 ... 255 can be meant for it
+    "to 0 ... 1": (lambda: L.Rescaling(1 / 255), True),
+    "to -1 ... 1": (lambda: L.Rescaling(1 / 127.5, -1), True),
+    "of each channel": (lambda: L.Rescaling([1 / 58, 1 / 57, 1 / 57], [-2.1, -2.0, -1.8]), True),
+    "from 0 ... 1 to -1 ... 1": (lambda: L.Rescaling(2.0, -1.0), False),
+    "adapted to 0 ... 255": (lambda: L.Normalization(mean=[124.0, 116.0, 104.0], variance=[3300.0] * 3), True),
+    "adapted to 0 ... 1": (lambda: L.Normalization(mean=[0.49, 0.46, 0.41], variance=[0.06] * 3), False),
+    "the other way round": (lambda: L.Normalization(mean=[124.0] * 3, variance=[3300.0] * 3, invert=True), False),
+}
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_only_a_layer_that_must_be_meant_for_bytes_answers_how_pixels_are_scaled(name, photos):
+    make, answers = SCALING[name]
+    network = model(first=[make()])
+    if answers:
+        result = calibrate(network, photos)
+        np.testing.assert_allclose(
+            result["bn"].mean, np.asarray(network.layers[1](by_load_img(photos))).mean((0, 1, 2)), rtol=1e-4
+        )
+    else:
+        with pytest.raises(Question, match=f"how are pixels scaled for it.* Its layer '{network.layers[1].name}'"):
+            calibrate(network, photos)
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_an_array_of_bytes_for_a_model_that_does_not_take_them_is_said(name, photos, tmp_path):
+    make, answers = SCALING[name]
+    pixels = by_load_img(photos).astype("u1")
+    np.save(tmp_path / "pixels.npy", pixels)
+    for data in (pixels, tmp_path / "pixels.npy"):
+        said = [
+            note for note in calibrate(model(first=[make()]), data).notes if "uint8, which reaches the model" in note
+        ]
+        assert bool(said) is not answers
+    assert calibrate(model(), pixels).notes
+    assert not calibrate(model(), pixels / np.float32(255)).notes
+    i = keras.Input((24, 32, 3), dtype="uint8")
+    assert not calibrate(keras.Model(i, L.BatchNormalization()(L.Lambda(lambda x: x / 255)(i))), pixels).notes
+
+
+@pytest.mark.parametrize(
+    ("first", "channels", "images", "message"),
+    [
+        ([L.Rescaling(1 / 255)], 3, {"offset": -1}, "offset -1: is added after scaling; give scale too"),
+        ([], 1, {"preprocessing": "resnet50"}, "images of 3 channels, .* takes 1"),
+        ([], 4, {"preprocessing": "vgg16"}, "images of 3 channels, .* takes 4"),
+        ([], 3, {"scale": 1, "size": "24x32"}, r"size: expected \(height, width\).*'24x32'"),
+        ([], 3, {"scale": 1, "size": (0, 32)}, r"size: expected \(height, width\)"),
+        ([], 3, {"scale": 1, "loader": "dataset", "interpolation": "foo"}, "interpolation"),
+    ],
+)
+def test_options_that_would_be_ignored_or_misread_are_refused(first, channels, images, message, photos):
+    with pytest.raises(InvalidValue, match=message):
+        calibrate(model(channels=channels, first=first), photos, images=images)
+
+
+def test_one_number_is_a_square(photos):
+    network = model(size=(16, 16))
+    result = calibrate(network, photos, images={"scale": 1, "size": 16})
+    np.testing.assert_allclose(result["bn"].mean, by_load_img(photos, (16, 16)).mean((0, 1, 2)), rtol=1e-5)
+
+
 def of_one_mode(folder, mode, count=40):
     """`count` images of 8 x 8, and their grey values scaled to 0 ... 1."""
     from PIL import Image
