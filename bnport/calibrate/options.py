@@ -6,6 +6,7 @@ import fnmatch
 import os
 from typing import TYPE_CHECKING, Any
 
+from bnport._lazy import np
 from bnport.errors import InvalidValue, NotFound, OutputError, listed, printable
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ def check_options(
     workers: int | None,
     address: Any,
     spill: str | None,
+    **flags: object,
 ) -> None:
-    """Refuse options that would mean nothing."""
+    """Refuse options that would mean nothing, and `flags` that are neither True nor False ("no" would be true)."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise InvalidValue(f"{name}: expected True or False, got {printable(repr(flag), 60)}")
     path = data if isinstance(data, str | os.PathLike) else None
     if path is not None and not os.path.exists(path):
         raise NotFound(f"{printable(path)}: no such file or folder")
@@ -39,8 +44,11 @@ def select(
     live: LiveModel, layers: str | Iterable[str] | None, frozen: bool
 ) -> tuple[list[Norm], dict[str, list[str]]]:
     """The layers to calibrate; and reason -> names of those that are left alone. NotFound if there are none."""
-    patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     names = [norm.name for norm in live.norms]
+    one = isinstance(layers, str) or not hasattr(layers, "__iter__")
+    patterns: list[str] | None = None if layers is None else [layers] if one else list(layers)  # type: ignore[list-item]
+    if not all(isinstance(pattern, str) for pattern in patterns or ()):
+        raise InvalidValue(f"layers: expected names or patterns, got {printable(repr(layers), 60)}")
     if patterns == []:
         raise InvalidValue(f"layers: names no layer; leave it out for all, or name some of {listed(names)}")
     for pattern in patterns or ():
@@ -60,6 +68,7 @@ def select(
     selected = [norm for norm in asked if frozen or not norm.frozen]
     if not selected:
         raise NotFound(
-            f"{live.what}: all of its {len(asked)} BatchNorm layers are frozen (trainable=False); frozen=True includes them"
+            f"{live.what}: all of its {len(asked)} BatchNorm layers are frozen (trainable=False);"
+            " frozen=True (--frozen) includes them"
         )
     return selected, left

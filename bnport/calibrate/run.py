@@ -89,7 +89,7 @@ def calibrate(
     """
     if method not in METHODS:
         raise InvalidValue(f"method: expected one of {', '.join(METHODS)}, got {printable(method)!r}")
-    check_options(data, images, engine, workers, address, spill)
+    check_options(data, images, engine, workers, address, spill, unbiased=unbiased, frozen=frozen)
     live = LiveModel(model)
     selected, left = select(live, layers, frozen)
     budget = memory_bytes(memory)

@@ -165,10 +165,14 @@ def _is_array(value: object) -> bool:
 
 def of_arrays(data: Any, inputs: Inputs | None, batch_size: int | None) -> Source | None:
     """A source for arrays and tensors, alone or together; None if `data` is not that."""
+    if hasattr(data, "iloc") or type(data).__module__.split(".")[0] == "polars":  # indexing these gives columns
+        raise InvalidValue(f"a {printable(type(data).__name__)} as data: pass its numbers, data.to_numpy()")
     if _is_array(data):
         return _rows_source(_sliceable(data), f"the array {tuple(data.shape)}", batch_size)
     if isinstance(data, dict):
-        if not data or not all(_is_array(value) for value in data.values()):
+        if not data:
+            raise InvalidValue("a dict as data: it is empty; expected input name -> array")
+        if not all(_is_array(value) for value in data.values()):
             raise InvalidValue(f"a dict as data: expected input name -> array, got the keys {listed(data)}")
         return _rows_source({k: _sliceable(v) for k, v in data.items()}, "the dict of arrays", batch_size)
     if isinstance(data, tuple) and data and _is_array(data[0]):
@@ -196,6 +200,11 @@ class _Tensor:
     """A framework's tensor, turned into numpy a slice at a time."""
 
     def __init__(self, value: Any) -> None:
+        if None in tuple(value.shape):
+            raise InvalidValue(
+                f"a {printable(type(value).__name__)} of the shape {tuple(value.shape)} as data: its rows are not of one"
+                " length; pad them, or yield batches that are each of one shape"
+            )
         self.value, self.shape, self.dtype = value, tuple(int(k) for k in value.shape), value.dtype
 
     def __getitem__(self, where: slice) -> Array:

@@ -18,6 +18,10 @@ from tests.calibrate import nets
         ({"workers": 2}, "workers: of an engine, and none is named"),
         ({"address": "tcp://1.2.3.4:5"}, "address: of an engine"),
         ({"layers": []}, "layers: names no layer"),
+        ({"layers": 5}, "layers: expected names or patterns, got 5"),
+        ({"layers": ["a", None]}, "layers: expected names or patterns"),
+        ({"frozen": "no"}, "frozen: expected True or False, got 'no'"),
+        ({"unbiased": 0.5}, "unbiased: expected True or False, got 0.5"),
         ({"limit": "10"}, "limit: expected a whole number"),
         ({"key": "x"}, "names an array of an .npz file"),
     ],
@@ -25,6 +29,40 @@ from tests.calibrate import nets
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(InvalidValue, match=message):
         calibrate(nets.branches(), nets.data(), **options)
+
+
+def ragged():
+    import tensorflow as tf
+
+    return tf.ragged.constant([[1.0, 2.0], [3.0]])
+
+
+def table():
+    """Stands for a pandas DataFrame: its length is that of its rows, and an index gives a column."""
+
+    class DataFrame:
+        iloc = property(lambda self: self)
+
+        def __len__(self):
+            return 70
+
+        def __getitem__(self, k):
+            return np.zeros((70, 8, 8, 3))
+
+    return DataFrame()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ragged, r"RaggedTensor of the shape \(2, None\).*not of one length"),
+        (table, r"a DataFrame as data: pass its numbers, data.to_numpy\(\)"),
+        (dict, "a dict as data: it is empty"),
+    ],
+)
+def test_things_that_look_like_arrays_are_refused_with_what_to_pass(make, message):
+    with pytest.raises(InvalidValue, match=message):
+        calibrate(nets.branches(), make())
 
 
 def test_data_that_are_not_there_are_called_that_also_with_options_for_images():

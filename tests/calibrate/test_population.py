@@ -244,7 +244,7 @@ def test_layers_and_frozen_choose_what_changes():
     with pytest.raises(NotFound, match="no BatchNorm layer is called 'lfet'; there are stem"):
         calibrate(model, x, layers="lfet")
     model.trainable = False
-    with pytest.raises(NotFound, match="frozen=True includes them"):
+    with pytest.raises(NotFound, match=r"frozen=True \(--frozen\) includes them"):
         calibrate(model, x)
 
 
