@@ -54,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
     from bnport.calibrate.images import image_statistics
     from bnport.containers.files import check_output
 
+    inputs: list[str] = []
     if args.output:
-        check_output(args.output, force=args.force, inputs=[args.path])
+        from bnport.calibrate.file import data_files
+
+        inputs = data_files(args.path, args.output)
+        check_output(args.output, force=args.force, inputs=inputs)
     with common.Progress() as progress:
         found = image_statistics(
             args.path,
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
         )
     if args.output:
-        _write(found, args.output, args.path, args.force)
+        _write(found, args.output, inputs, args.force)
     if args.json:
         common.print_json(found.to_dict())
     else:
@@ -105,7 +109,7 @@ def _fraction(text: str | None) -> Fraction | None:
         raise InvalidValue(f"--scale: expected a number or a fraction such as 1/255, got {printable(text)!r}") from None
 
 
-def _write(found: ImageStatistics, out: str, source: str, force: bool) -> None:
+def _write(found: ImageStatistics, out: str, inputs: list[str], force: bool) -> None:
     import json
 
     from bnport.containers.files import replace_file
@@ -115,7 +119,7 @@ def _write(found: ImageStatistics, out: str, source: str, force: bool) -> None:
             json.dump(found.to_dict(), file, indent=1, allow_nan=False)
             file.write("\n")
 
-    replace_file(out, build, force=force, inputs=[source])
+    replace_file(out, build, force=force, inputs=inputs)
 
 
 def _print(found: ImageStatistics) -> None:

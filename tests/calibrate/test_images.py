@@ -318,6 +318,11 @@ def test_the_command_writes_json_whole_or_not_at_all(folder, tmp_path, capsys):
     assert printed["sum"] == [int(v) for v in sum(a.reshape(-1, 3).sum(0, dtype=int) for a in decoded(folder))]
     assert main(["stats", str(folder), "-o", str(out)]) == 2
     assert "--force" in capsys.readouterr().err
+    image = next(path for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".jpg"))
+    held = image.read_bytes()
+    assert main(["stats", str(folder), "-o", str(image), "--force"]) == 2
+    assert "is the input" in capsys.readouterr().err
+    assert image.read_bytes() == held
 
 
 @pytest.mark.parametrize(
