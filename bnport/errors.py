@@ -63,6 +63,11 @@ def printable(text: object, limit: int = 200) -> str:
     return shown
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's exception says, or its class's name if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def listed(names: object, limit: int = 8) -> str:
     """Names joined for a message: at most `limit` of them, then how many more."""
     all_names = [printable(n) for n in names]  # type: ignore[attr-defined]

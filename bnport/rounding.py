@@ -50,6 +50,15 @@ def round_to(array: Array, dtype: str) -> Array:
         return rounded.astype(np.float32) if dtype == "float16" else rounded
 
 
+def stored(array: Array, dtype: str) -> bytes:
+    """Little-endian bytes of numbers that `dtype` holds exactly, as round_to gives them."""
+    if dtype == "bfloat16":
+        little: Array = (np.ascontiguousarray(array, "<f4").view("<u4") >> np.uint32(16)).astype("<u2")
+    else:
+        little = np.asarray(array).astype(np.dtype(dtype).newbyteorder("<"))
+    return little.tobytes()
+
+
 def _round_to_bfloat16(array: Array) -> Array:
     """Round to nearest, ties to even, 8 significant bits, in one step from float64 (subnormals included)."""
     wide = np.asarray(array, np.float64)

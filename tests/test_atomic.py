@@ -124,6 +124,28 @@ def test_an_error_at_any_step_leaves_the_output_old_and_no_temporary_file(tmp_pa
                 assert file.read() == source
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_range_is_copied_and_bytes_are_appended_also_where_a_system_takes_less_at_once(tmp_path, kernel, monkeypatch):
+    data = np.random.default_rng(0).bytes(5000)
+    (tmp_path / "in").write_bytes(data)
+    real_copy, real_write = os.copy_file_range, os.write
+
+    def copy(source, out, count, offset):
+        if not kernel:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return real_copy(source, out, min(count, 700), offset)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:700]))
+    descriptor = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    try:
+        files.append(descriptor, data[:2000])
+        files.copy_range(files.ReadFile(str(tmp_path / "in")), descriptor, 1500, 4999)
+    finally:
+        os.close(descriptor)
+    assert (tmp_path / "out").read_bytes() == data[:2000] + data[1500:4999]
+
+
 def test_a_check_that_fails_leaves_nothing(tmp_path):
     path, out = target(tmp_path, ".keras"), str(tmp_path / "out.keras")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bnport.errors import InvalidValue, Unrepresentable
 from bnport.record import FIELDS, BatchNorm
-from bnport.rounding import meant_epsilon, round_to
+from bnport.rounding import meant_epsilon, round_to, stored
 
 getcontext().prec = 60
 U64 = Decimal(2) ** -53
@@ -408,6 +408,8 @@ def test_rounding_to_16_bits_is_what_numpy_and_ml_dtypes_do(values, dtype):
         array = np.array(values, np.float32)
         expected = array.astype(np.float16 if dtype == "float16" else ml_dtypes.bfloat16).astype(np.float32)
     assert round_to(array, dtype).tobytes() == expected.tobytes()
+    theirs = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    assert stored(round_to(array, dtype), dtype) == expected.astype(theirs).tobytes()
 
 
 # ---- other ways in

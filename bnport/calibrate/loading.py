@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
-from bnport.errors import FormatError, InvalidValue, MissingDependency, listed, printable
+from bnport.errors import FormatError, InvalidValue, MissingDependency, first_line, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,9 +52,8 @@ def load(path: str, version: str) -> Any:
     try:
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # whatever a builder of arbitrary configs raises
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FormatError(
-            f"{printable(path)}: {keras.__name__} {keras.__version__} does not load it: {printable(lines[0], 200)}"
+            f"{printable(path)}: {keras.__name__} {keras.__version__} does not load it: {printable(first_line(error), 200)}"
         ) from error
 
 

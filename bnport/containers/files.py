@@ -119,17 +119,28 @@ def _compute(path: str, wanted: Callable[[], object], outcome: list[str | Except
 
 
 def copy_contents(source: str, out_descriptor: int) -> None:
-    """Append all of `source` to an open file, in the kernel (copy_file_range) where that works."""
+    """Append all of `source` to an open file."""
     file = ReadFile(source)
-    done = 0
-    while done < file.size:
+    copy_range(file, out_descriptor, 0, file.size)
+
+
+def copy_range(source: ReadFile, out_descriptor: int, start: int, end: int) -> None:
+    """Append the bytes [start, end) of a file to an open one, in the kernel (copy_file_range) where that works."""
+    while start < end:
         try:
-            count = os.copy_file_range(file.fileno(), out_descriptor, file.size - done, done)
+            count = os.copy_file_range(source.fileno(), out_descriptor, end - start, start)
         except (AttributeError, OSError):  # not on this system, or across file systems
-            count = os.write(out_descriptor, file.pread(done, min(1 << 20, file.size - done)))
+            count = os.write(out_descriptor, source.pread(start, min(1 << 20, end - start)))
         if not count:
-            raise FormatError(f"{printable(source)}: shrank while it was copied")
-        done += count
+            raise FormatError(f"{printable(source.path)}: shrank while it was copied")
+        start += count
+
+
+def append(out_descriptor: int, data: bytes | memoryview) -> None:
+    """Append all of `data` to an open file; a system may take less at once."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(out_descriptor, view) :]
 
 
 def check_output(out: str, *, force: bool = False, inputs: Iterable[str] = ()) -> None:

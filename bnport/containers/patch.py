@@ -10,7 +10,7 @@ import os
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from bnport.containers.files import ReadFile, copy_contents
+from bnport.containers.files import ReadFile, append, copy_contents, copy_range
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -197,11 +197,11 @@ def replace_members(archive: Archive, out: str, contents: dict[str, bytes], patc
     try:
         at = 0
         for start, end, data in edits:
-            _copy_range(file, descriptor, at, start)
-            _append(descriptor, data)
+            copy_range(file, descriptor, at, start)
+            append(descriptor, data)
             at = end
-        _copy_range(file, descriptor, at, directory)
-        _append(descriptor, tail)
+        copy_range(file, descriptor, at, directory)
+        append(descriptor, tail)
         for patch in moved:
             write_at(descriptor, patch.offset, patch.data)
     finally:
@@ -298,20 +298,3 @@ def _end_record(tail: bytearray) -> int:
     if at < 0:
         raise FormatError("no end of the zip archive found")
     return at
-
-
-def _copy_range(source: ReadFile, descriptor: int, start: int, end: int) -> None:
-    while start < end:
-        try:
-            count = os.copy_file_range(source.fileno(), descriptor, end - start, start)
-        except (AttributeError, OSError):  # not on this system, or across file systems
-            count = os.write(descriptor, source.pread(start, min(1 << 20, end - start)))
-        if not count:
-            raise FormatError(f"{printable(source.path)}: shrank while it was copied")
-        start += count
-
-
-def _append(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

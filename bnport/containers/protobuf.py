@@ -13,6 +13,7 @@ import os
 import struct
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, np
+from bnport.containers.files import append, copy_range
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ def splice(buffer: Buffer, edits: Sequence[Edit], out: str) -> None:
     try:
         for piece in _pieces(buffer, edits):
             if isinstance(piece, bytes):
-                _write(descriptor, piece)
+                append(descriptor, piece)
             else:
                 _copy(buffer, *piece, descriptor)
     finally:
@@ -375,22 +376,11 @@ def _pieces(buffer: Buffer, edits: Sequence[Edit]) -> Iterator[bytes | tuple[int
     yield done, buffer.size
 
 
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
 def _copy(buffer: Buffer, start: int, end: int, descriptor: int) -> None:
-    """Append [start, end) to an open file, in the kernel where that works."""
-    while start < end:
-        count = 0
-        if not isinstance(buffer.source, bytes) and end - start > 1 << 16:
-            try:
-                count = os.copy_file_range(buffer.source.fileno(), descriptor, end - start, start)
-            except (AttributeError, OSError):  # not on this system, or across file systems
-                count = 0
-        if not count:
-            count = min(1 << 20, end - start)
-            _write(descriptor, buffer.read((start, count)))
-        start += count
+    """Append [start, end) to an open file."""
+    if isinstance(buffer.source, bytes):
+        append(descriptor, memoryview(buffer.source)[start:end])
+    elif end - start <= 1 << 16:
+        append(descriptor, buffer.read((start, end - start)))
+    else:
+        copy_range(buffer.source, descriptor, start, end)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.keras import live
-from bnport.errors import FormatError, MissingDependency, NotFound, listed, printable
+from bnport.errors import FormatError, MissingDependency, NotFound, first_line, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -165,5 +165,6 @@ def loaded(path: str) -> Any:
     try:
         return package.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{printable(path)}: Keras cannot load the whole model: {printable(first)}") from None
+        raise FormatError(
+            f"{printable(path)}: Keras cannot load the whole model: {printable(first_line(error))}"
+        ) from None

@@ -11,6 +11,7 @@ import re
 from bnport._lazy import TYPE_CHECKING
 from bnport.containers.hdf5 import natural
 from bnport.errors import FormatError, Question, listed, printable
+from bnport.rounding import UNIT_ROUNDOFF
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -122,7 +123,7 @@ def checked(tensors: dict[str, H5Tensor], where: str) -> dict[str, H5Tensor]:
     for field, tensor in tensors.items():
         if len(tensor.shape) != 1 or not tensor.shape[0]:
             raise FormatError(f"{where}: {field}: expected shape (channels,), got {tensor.shape}")
-        if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
+        if tensor.dtype not in UNIT_ROUNDOFF:
             raise FormatError(f"{where}: {field}: expected floating-point numbers, got {tensor.dtype}")
     if len({t.shape for t in tensors.values()}) > 1:
         lengths = ", ".join(f"{field} {t.shape[0]}" for field, t in tensors.items())
@@ -164,7 +165,7 @@ def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = 
         count = len(tensors)
         if any(len(t.shape) != 1 or t.shape != tensors[0].shape or not t.shape[0] for t in tensors):
             continue
-        if any(t.dtype not in ("float64", "float32", "float16", "bfloat16") for t in tensors):
+        if any(t.dtype not in UNIT_ROUNDOFF for t in tensors):
             continue
         words = f"{layer.rsplit('/', 1)[-1]} {names[layer] or ''}"
         if count == 2 and "batch_normalization" not in words:

@@ -11,7 +11,7 @@ from bnport.containers.patch import Patch, copy_patched, crc_patches, joined, re
 from bnport.containers.zip import STORED
 from bnport.errors import FormatError, InvalidValue, listed, printable
 from bnport.record import FIELDS
-from bnport.rounding import round_to
+from bnport.rounding import round_to, stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,12 +127,10 @@ def _encoded(array: Array, tensor: H5Tensor, where: str) -> bytes:
     """The array in the tensor's dtype, little-endian."""
     if array.shape != tensor.shape:
         raise InvalidValue(f"{where}: shape {tensor.shape} expected, got {array.shape}")
-    stored = round_to(array, tensor.dtype)
-    if not np.isfinite(stored).all():
+    rounded = round_to(array, tensor.dtype)
+    if not np.isfinite(rounded).all():
         raise InvalidValue(f"{where}: a value does not fit {tensor.dtype}")
-    if tensor.dtype == "bfloat16":
-        return (stored.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
-    return stored.astype(np.dtype(tensor.dtype).newbyteorder("<")).tobytes()
+    return stored(rounded, tensor.dtype)
 
 
 def _patches(plan: _Plan) -> list[Patch] | None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from bnport._lazy import np
 from bnport.adapters.onnx import layers, walk
 from bnport.adapters.onnx.scope import Known
-from bnport.adapters.onnx.tensors import DTYPES, packed
-from bnport.errors import InvalidValue, MissingDependency, NotFound, listed, printable
+from bnport.adapters.onnx.tensors import DTYPES
+from bnport.errors import InvalidValue, MissingDependency, NotFound, first_line, listed, printable
+from bnport.rounding import stored
 
 if TYPE_CHECKING:
     from bnport.adapters.onnx.model import Model
@@ -47,8 +48,9 @@ def run_layer(opened: Model, layer: str, x: Array) -> dict[str, Array]:
         session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
         (y,) = session.run(None, {"x": np.asarray(x).astype(_input_dtype(session))})
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidValue(f"{printable(opened.source)}: {printable(layer)}: onnxruntime: {printable(first)}") from None
+        raise InvalidValue(
+            f"{printable(opened.source)}: {printable(layer)}: onnxruntime: {printable(first_line(error))}"
+        ) from None
     return {f"onnxruntime {onnxruntime.__version__}": y}
 
 
@@ -72,7 +74,7 @@ def _model(onnx: Any, found: Found, opened: Model, rows: int) -> Any:
         array = value.array()
         array = np.repeat(array, held.channels) if value.shape is None else array
         tensors.append(
-            helper.make_tensor(field, _KINDS[value.dtype], [held.channels], packed(value.dtype, array), raw=True)
+            helper.make_tensor(field, _KINDS[value.dtype], [held.channels], stored(array, value.dtype), raw=True)
         )
     attributes: dict[str, Any] = {}
     for name in ("epsilon", "momentum"):
@@ -105,7 +107,7 @@ def _affine_model(onnx: Any, found: Found, opened: Model, rows: int) -> Any:
     channels = max(value.size or 1 for value in values)
     for name, value in zip(("slope", "intercept"), values, strict=True):
         array = value.array().reshape(-1)
-        tensors.append(helper.make_tensor(name, kind, [array.size], packed(values[0].dtype, array), raw=True))
+        tensors.append(helper.make_tensor(name, kind, [array.size], stored(array, values[0].dtype), raw=True))
     nodes = [helper.make_node("Mul", ["x", "slope"], ["m"]), helper.make_node("Add", ["m", "intercept"], ["y"])]
     ends = [helper.make_tensor_value_info(name, kind, [rows, channels]) for name in ("x", "y")]
     graph = helper.make_graph(nodes, "layer", [ends[0]], [ends[1]], tensors)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.onnx import layers, walk
-from bnport.errors import InvalidValue, MissingDependency, NotFound, printable
+from bnport.errors import InvalidValue, MissingDependency, NotFound, first_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,8 +52,7 @@ def tap(opened: Model, source: Any, x: Array, each: Callable[[str, Array, Array,
     except InvalidValue:
         raise
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidValue(f"{printable(opened.source)}: onnxruntime: {printable(first)}") from None
+        raise InvalidValue(f"{printable(opened.source)}: onnxruntime: {printable(first_line(error))}") from None
     values[free[0].name] = feed
     for name, (start, end) in places.items():
         each(name, _last(values[start]), _last(values[end]), values[end].dtype.name)

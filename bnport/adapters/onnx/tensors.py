@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 
-from bnport._lazy import TYPE_CHECKING, np
+from bnport._lazy import TYPE_CHECKING
 from bnport.containers.files import ReadFile
 from bnport.containers.protobuf import LENGTH, Numbers, varints
 from bnport.containers.tensor import ITEM_SIZE, Tensor
@@ -238,11 +238,3 @@ def _entry(place: Place) -> tuple[str, str]:
         if number in pair:
             pair[number] = place.text(value)
     return pair[1], pair[2]
-
-
-def packed(dtype: str, values: object) -> bytes:
-    """Numbers as raw_data: little-endian bytes of `dtype`, which must hold them exactly."""
-    if dtype == "bfloat16":
-        wide = np.ascontiguousarray(values, np.float32)
-        return bytes((wide.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes())
-    return bytes(np.ascontiguousarray(values).astype(np.dtype(dtype).newbyteorder("<")).tobytes())

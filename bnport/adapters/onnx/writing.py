@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from bnport._lazy import np
 from bnport.adapters.onnx import layers, model, walk
 from bnport.adapters.onnx.scope import Known
-from bnport.adapters.onnx.tensors import DTYPES, EXTERNAL, packed
+from bnport.adapters.onnx.tensors import DTYPES, EXTERNAL
 from bnport.containers.patch import Patch
 from bnport.containers.protobuf import Buffer, Edit, encoded, extents, field_start, splice, spliced
 from bnport.containers.tensor import Tensor
 from bnport.errors import InvalidValue, NotFound, OutputError, listed, printable
+from bnport.rounding import stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,7 +138,7 @@ class _Plan:
     # ---- tensors
 
     def _tensor(self, found: Found, field: str, position: int, value: Known, array: Array, where: str) -> None:
-        data = packed(value.dtype, array)
+        data = stored(array, value.dtype)
         back = Tensor(field, value.dtype, array.shape, lambda: data).array()
         if not np.array_equal(back.astype(np.float64), array.astype(np.float64)):
             raise InvalidValue(f"{where}: {field} cannot be held as {value.dtype}; round it first")

@@ -54,18 +54,13 @@ class Product(Tensor):
         self.parts = (orig, mask)
 
     def _bytes(self) -> bytes:
-        from bnport.rounding import round_to
+        from bnport.rounding import round_to, stored
 
         orig, mask = (part.array() for part in self.parts)
         with np.errstate(over="ignore", invalid="ignore"):
             # float32 holds the product of two bfloat16 exactly; the others are rounded once by the multiplication
             product = orig * round_to(mask, self.dtype).astype(orig.dtype)
-        if self.dtype == "bfloat16":
-            wide = round_to(product, "bfloat16").astype(np.float32)
-            data: bytes = (wide.view(np.uint32) >> 16).astype("<u2").tobytes()
-        else:
-            data = product.astype(product.dtype.newbyteorder("<")).tobytes()
-        return data
+            return stored(round_to(product, self.dtype), self.dtype)
 
 
 def roles_of(

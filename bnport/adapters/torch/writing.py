@@ -13,6 +13,7 @@ from bnport.containers.patch import Patch, copy_patched, crc_patches
 from bnport.containers.tensor import Tensor
 from bnport.containers.zip import Archive
 from bnport.errors import InvalidValue, NotFound, listed, printable
+from bnport.rounding import round_to, stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,14 +90,10 @@ def _last(part: Tensor) -> str:
 def _bytes_of(array: Array, dtype: str, shown: str) -> bytes:
     """Little-endian bytes of numbers that `dtype` holds exactly."""
     wide = np.asarray(array, np.float64)
-    with np.errstate(over="ignore"):
-        stored = wide.astype("float32" if dtype == "bfloat16" else dtype)
-    bits = stored.view(np.uint32) if dtype == "bfloat16" else None
-    if not np.array_equal(stored.astype(np.float64), wide) or (bits is not None and (bits & 0xFFFF).any()):
+    rounded = round_to(wide, dtype)
+    if not np.array_equal(rounded.astype(np.float64), wide):
         raise InvalidValue(f"{shown}: not rounded to the file's {dtype}")
-    if bits is not None:
-        return (bits >> 16).astype("<u2").tobytes()
-    return stored.astype(stored.dtype.newbyteorder("<")).tobytes()
+    return stored(rounded, dtype)
 
 
 def _refuse_shared(layers: Layers, changes: Mapping[str, Change], patches: Mapping[str, Mapping[int, Patch]]) -> None:
