@@ -32,7 +32,12 @@ class NotFound(BnportError, LookupError):
 
 
 class MatchError(BnportError, LookupError):
-    """Source and target layers do not pair completely and unambiguously."""
+    """Source and target layers do not pair completely and unambiguously.
+
+    match: the bnport.match.Match with what was found and what is open, where there is one.
+    """
+
+    match: object = None
 
 
 class MissingDependency(BnportError, ImportError):

@@ -78,15 +78,6 @@ def _tomllib() -> Any:
 
 def text(match: Match, sources: Mapping[str, Layer], targets: Mapping[str, Layer], file: str = "names.toml") -> str:
     """The map file of a Match: its pairs, compressed into patterns, with evidence, and its open questions."""
-    from bnport.match.compress import compress
-    from bnport.match.patterns import is_pattern
-
-    considered = [t for t in targets if t not in match.left_targets]
-    entries = compress(match.pairs, considered)
-    reasons: dict[str, list[str]] = {}
-    for target, by in _entries_of(entries, match.pairs).items():
-        words = match.evidence.get(target, ())
-        reasons.setdefault(by, []).append(", ".join(words[:1] if by != target else words))
     lines = [
         _HEAD.format(
             source=_comment(match.source),
@@ -97,17 +88,37 @@ def text(match: Match, sources: Mapping[str, Layer], targets: Mapping[str, Layer
         ),
         "[pairs]",
     ]
-    for key, value in entries.items():
-        pattern = is_pattern(key) and key not in match.pairs
-        count = len(reasons[key])
-        lines.append(
-            f"{quoted(key)} = {quoted(value)}  # {f'{count} layers: ' if pattern else ''}{_summary(reasons[key])}"
-        )
+    guessed = set(match.guessed)
+    lines += _entries(match, {t: s for t, s in match.pairs.items() if t not in guessed}, targets)
     left = [*match.left_targets, *match.left_sources]
     if left:
         lines += ["", "[skip]", "layers = [", *(f"    {quoted(n)}," for n in dict.fromkeys(left)), "]"]
     lines += _questions(match)
+    if guessed:
+        lines += [
+            "",
+            "# LIKELY, but not proved as long as the pairing is not complete. Uncomment into [pairs] what is right:",
+        ]
+        likely = _entries(match, {t: s for t, s in match.pairs.items() if t in guessed}, targets)
+        lines += [f"# {_comment(line)}" for line in likely]
     return "\n".join(lines) + "\n"
+
+
+def _entries(match: Match, pairs: Mapping[str, str], targets: Mapping[str, Layer]) -> list[str]:
+    """Lines for some pairs of a Match, as patterns where several can be said as one, with the evidence."""
+    from bnport.match.compress import compress
+    from bnport.match.patterns import is_pattern
+
+    entries = compress(pairs, [t for t in targets if t not in match.left_targets])
+    reasons: dict[str, list[str]] = {}
+    for target, by in _entries_of(entries, pairs).items():
+        words = match.evidence.get(target, ())
+        reasons.setdefault(by, []).append(", ".join(words[:1] if by != target else words))
+    lines = []
+    for key, value in entries.items():
+        count = f"{len(reasons[key])} layers: " if is_pattern(key) and key not in pairs else ""
+        lines.append(f"{quoted(key)} = {quoted(value)}  # {count}{_summary(reasons[key])}")
+    return lines
 
 
 def _entries_of(entries: Mapping[str, str], pairs: Mapping[str, str]) -> dict[str, str]:

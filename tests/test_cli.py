@@ -305,3 +305,26 @@ def test_a_command_as_a_process_ends_with_its_exit_code(words, code, tmp_path):
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_json_of_a_command_that_could_not_run_says_why_and_what_is_open(tmp_path, capsys):
+    out = tmp_path / "out.keras"
+    assert main(["convert", str(tmp_path / "none.pth"), TWIN, "-o", str(out), "--json"]) == 2
+    printed = capsys.readouterr()
+    said = json.loads(printed.out)
+    assert said["ok"] is False
+    assert said["error"]["kind"] == "NotFound"
+    assert printed.err == f"bnport: {said['error']['message']}\n"
+    assert main(["convert", PTH, TWIN, "-o", str(out), "--json", "--skip", "bn2"]) == 0
+    out.unlink()
+    capsys.readouterr()
+    names = tmp_path / "names.toml"
+    names.write_text('[pairs]\n"bn1" = "bn3"\n')
+    for command in (["convert", PTH, TWIN, "-o", str(out)], ["verify", PTH, TWIN]):
+        assert main([*command, "--json", "--map", str(names)]) == 2
+        said = json.loads(capsys.readouterr().out)
+        assert said["error"]["kind"] == "MatchError"
+        assert said["pairing"]["mismatched"][0]["target"] == "bn1"
+        assert said["pairing"]["unexpected"] == ["bn1"]
+        assert said["pairing"]["ok"] is False
+    assert not out.exists()

@@ -85,6 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except BnportError as error:
         print(f"bnport: {printable(error, 4000)}", file=sys.stderr)
+        if getattr(args, "json", False):
+            from bnport.cli.common import print_failure
+
+            print_failure(error)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:

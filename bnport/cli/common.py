@@ -105,6 +105,18 @@ def print_json(value: object) -> None:
     print()
 
 
+def print_failure(error: Exception) -> None:
+    """What ended a command, as a JSON document: {"ok": false, "error": {kind, message}}, and a refused pairing whole."""
+    failure: dict[str, object] = {
+        "ok": False,
+        "error": {"kind": type(error).__name__, "message": printable(error, 4000)},
+    }
+    match: Any = getattr(error, "match", None)
+    if match is not None:
+        failure["pairing"] = match.to_dict()
+    print_json(failure)
+
+
 def add_html(parser: argparse.ArgumentParser) -> None:
     """--html."""
     parser.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")

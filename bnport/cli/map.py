@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="the model that will get them")
     parser.add_argument("-o", "--out", metavar="FILE", help="the map file to write (default: standard output)")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    common.add_json(parser)
     common.add_source_options(parser)
     common.add_pairing_options(parser)
 
@@ -41,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     found = match(sources, targets, map=pairing.get("map"), skip=pairing["skip"], only_under=pairing["only_under"])
     text = mapfile.text(found, sources, targets, args.out or "names.toml")
     if args.out is None:
-        print(text, end="")
+        if args.json:
+            common.print_json({**found.to_dict(), "map": text})
+        else:
+            print(text, end="")
         return 0 if found.ok else 1
     from bnport.containers.files import replace_file
 
@@ -51,7 +55,11 @@ def run(args: argparse.Namespace) -> int:
 
     inputs = [args.source, args.target, *([args.map] if args.map and not args.force else [])]
     replace_file(args.out, write, lambda path: _read_back(path), force=args.force, inputs=inputs)
-    print(f"{args.out}: {len(found.pairs)} pairs")
+    if args.json:
+        common.print_json({**found.to_dict(), "out": args.out})
+        return 0 if found.ok else 1
+    settled = len(found.pairs) - len(found.guessed)
+    print(f"{args.out}: {settled} pairs{f', {len(found.guessed)} likely' if found.guessed else ''}")
     if not found.ok:
         print(found.problems())
     return 0 if found.ok else 1

@@ -49,7 +49,7 @@ def match(
     else that is wrong is in the Match; its `raise_if_bad` raises it.
     """
     kept_s, kept_t, left_s, left_t = _leave_out(list(sources), list(targets), skip, only_under)
-    from bnport.match import engine, names, patterns
+    from bnport.match import engine, names, patterns, questions
     from bnport.match.facts import facts
 
     forced: dict[str, tuple[str, str]] = {}
@@ -67,8 +67,8 @@ def match(
     source = engine.Side(sources, [s for s in kept_s if s not in bad_s])
     target = engine.Side(targets, [t for t in kept_t if t not in bad_t])
     state = engine.align(source, target, forced, firm=set(mapped))
-    ambiguous, missing, unexpected = engine.undecided(state, rivals)
-    return Match(
+    ambiguous, missing, unexpected = questions.undecided(state, rivals)
+    found = Match(
         pairs={t: source.names[state.back[i]] for i, t in enumerate(target.names) if i in state.back},
         evidence={t: (*state.why[i], *facts(state, i)) for i, t in enumerate(target.names) if i in state.back},
         missing=missing,
@@ -82,6 +82,11 @@ def match(
         target=getattr(targets, "source", "the target"),
         source_notes=getattr(sources, "notes", ()),
     )
+    if not found.ok:
+        uncertain = names.counted_from_elsewhere(free_s, free_t, equal, perhaps=True)
+        sure = questions.certain(source, target, {t: f for t, f in forced.items() if t not in uncertain}, set(mapped))
+        found.guessed, found.ambiguous = questions.doubted(state, sure, ambiguous)
+    return found
 
 
 def _force(

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from bnport.errors import listed, printable
 from bnport.match import contents, guesses, names, ties
 from bnport.match import graph as graphs
-from bnport.match.result import Ambiguity
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -74,8 +72,10 @@ class Alignment:
         *,
         guesses: bool = True,
         ordered: bool = True,
+        strict: bool = False,
     ) -> None:
         self.source, self.target = source, target
+        self.strict = strict  # nothing that may hold by chance counts: see `certain`
         self.guesses = guesses  # whether guessed kernels count
         self.ordered = ordered  # whether the order of definition may be that of execution
         self.pairs: dict[int, int] = {}
@@ -120,7 +120,8 @@ class Alignment:
         }
         drawn = any(side.graph is not None for side in self._sides())
         counts = {
-            c: s == t and (drawn or None not in s) if c in guessed else s[None] == t[None] for c, (s, t) in keys.items()
+            c: s == t and (drawn or None not in s) if c in guessed else self._as_unknown(s[None], t[None])
+            for c, (s, t) in keys.items()
         }
         plain = [[(c, key if counts[c] else "any") for c, key in side] for side in sides]
         fed = [[self.kernel(layer) for layer in side.layers] for side in self._sides()]
@@ -136,6 +137,10 @@ class Alignment:
         ]
         return out[0], out[1]
 
+    def _as_unknown(self, here: int, there: int) -> bool:
+        """Whether as many kernels are unknown on both sides; strictly, none."""
+        return here == there == 0 if self.strict else here == there
+
     def _sides(self) -> tuple[Side, Side]:
         return self.source, self.target
 
@@ -144,7 +149,7 @@ class Alignment:
         progress = True
         while progress:
             progress = self._settle()
-            if not progress:
+            if not progress and not self.strict:
                 progress = any(ties.break_ties(self, part) for part in self.parts()) or ties.in_step(self)
                 if progress:
                     self._withdraw_contradicted()
@@ -182,6 +187,10 @@ class Alignment:
     def parts(self) -> list[Group]:
         """The groups with as many sources as targets, cut further by what orders their members."""
         return [part for group in self.groups() if self._even(group) for part in self._by_rank(group)]
+
+    def remaining(self) -> list[Group]:
+        """All undecided layers as groups, cut by what orders them where a group has as many sources as targets."""
+        return [part for group in self.groups() for part in (self._by_rank(group) if self._even(group) else [group])]
 
     def _never_more(self, label: Hashable) -> bool:
         return self.labels[0].count(label) == self.labels[1].count(label) == 1
@@ -232,7 +241,7 @@ class Alignment:
 
     def _by_rank(self, group: Group) -> list[Group]:
         """Cut a group where both sides agree that these come before those."""
-        if len(group.sources) == 1:
+        if len(group.sources) == 1 or (self.strict and None in (self.source.graph, self.target.graph)):
             return [group]
         s_low, s_high = self.source.intervals(group.sources)
         t_low, t_high = self.target.intervals(group.targets)
@@ -328,15 +337,15 @@ def align(source: Side, target: Side, forced: Mapping[str, tuple[str, str]], fir
     given = {target.index[t]: (source.index[s], why) for t, (s, why) in forced.items()}
     held = {t: pair for t, pair in given.items() if target.names[t] in firm}
     ordered = not guesses.refuted(source.layers) and not guesses.refuted(target.layers)
-    state = _aligned(source, target, given, held, guesses=ordered, ordered=ordered)
+    state = aligned(source, target, given, held, guesses=ordered, ordered=ordered)
     if ordered and guesses.contradicted(state):
-        state = _aligned(source, target, given, held, guesses=False, ordered=False)
+        state = aligned(source, target, given, held, guesses=False, ordered=False)
     for part in state.parts():
         ties.same_numbers(state, part)
     return state
 
 
-def _aligned(
+def aligned(
     source: Side,
     target: Side,
     given: Mapping[int, tuple[int, str]],
@@ -344,8 +353,10 @@ def _aligned(
     *,
     guesses: bool,
     ordered: bool,
+    strict: bool = False,
 ) -> Alignment:
-    state = Alignment(source, target, given, guesses=guesses, ordered=ordered)
+    """All that evidence decides, in one go: the contents of kernels overrule what was decided without them."""
+    state = Alignment(source, target, given, guesses=guesses, ordered=ordered, strict=strict)
     state.run()
     by_contents = contents.pairs(state)
     if by_contents:
@@ -354,27 +365,6 @@ def _aligned(
         kept |= {t: (s, "equal kernels") for s, t in by_contents.items() if t not in kept and s not in taken}
         taken = {s for s, _ in kept.values()}
         kept |= {t: v for t, v in given.items() if t not in kept and v[0] not in taken}
-        state = Alignment(source, target, kept, guesses=guesses, ordered=ordered)
+        state = Alignment(source, target, kept, guesses=guesses, ordered=ordered, strict=strict)
         state.run()
     return state
-
-
-def undecided(state: Alignment, rivals: Mapping[str, Sequence[str]]) -> tuple[list[Ambiguity], list[str], list[str]]:
-    """(ambiguous, missing, unexpected) of what is left. `rivals`: prefixes under which names fit equally well."""
-    ambiguous, missing, unexpected = [], [], []
-    for group in state.groups():
-        for part in state._by_rank(group) if state._even(group) else [group]:
-            s, t = [state.source.names[i] for i in part.sources], [state.target.names[i] for i in part.targets]
-            if not s or not t:
-                missing += t
-                unexpected += s
-                continue
-            why = next((state.conflicts[i] for i in part.targets if i in state.conflicts), None)
-            fitting = [prefix for prefix in rivals if any(n.startswith(prefix) for n in (*s, *t))]
-            if why is None and len(fitting) > 1:
-                why = f"the names fit under {listed([repr(printable(p)) for p in fitting])}"
-            if why is None and len(s) != len(t):
-                why = f"{describe(part.label)}: {len(s)} in the source, {len(t)} in the target"
-            ambiguous.append(Ambiguity(tuple(t), tuple(s), why or f"each is a {describe(part.label)}"))
-    order_t, order_s = state.target.index, state.source.index
-    return ambiguous, sorted(missing, key=order_t.__getitem__), sorted(unexpected, key=order_s.__getitem__)

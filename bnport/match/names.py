@@ -170,7 +170,7 @@ def equal(
     each prefix with the names of the targets that it would have given.
     """
     common, rivals = _same(sources, free_s, targets, free_t)
-    shifted = _counted_from_elsewhere(free_s, free_t, common)
+    shifted = counted_from_elsewhere(free_s, free_t, common)
     common = {t: s for t, s in common.items() if t not in shifted}
     if 2 * len(common) < min(len(free_s), len(free_t)) or not common:
         return {}, rivals
@@ -214,8 +214,13 @@ def _same(
     return {}, {prefix: list(pairs) for prefix, pairs in found.items()}
 
 
-def _counted_from_elsewhere(free_s: Sequence[str], free_t: Sequence[str], common: Mapping[str, str]) -> set[str]:
-    """The targets of `common` in rows of names (`bn0`, `bn1` and `bn1`, `bn2`) that are the same but for where they begin."""
+def counted_from_elsewhere(
+    free_s: Sequence[str], free_t: Sequence[str], common: Mapping[str, str], *, perhaps: bool = False
+) -> set[str]:
+    """The targets of `common` in rows of names (`bn0`, `bn1` and `bn1`, `bn2`) that are the same but for where they begin.
+
+    `perhaps`: also where a name of the row may be missing, so that it may be the same and may be not.
+    """
     if not common:
         return set()
     t, s = next(iter(common.items()))
@@ -234,7 +239,7 @@ def _counted_from_elsewhere(free_s: Sequence[str], free_t: Sequence[str], common
             continue
         offset = min(sources) - min(targets)
         if {number + offset for number in targets} == set(sources) or (
-            both_left and {min(sources), min(targets)} == {0, 1}
+            (both_left or perhaps) and {min(sources), min(targets)} == {0, 1}
         ):
             out.update(targets.values())
     return out

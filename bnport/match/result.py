@@ -36,13 +36,16 @@ class Match:
     mismatched:   pairs asked for by name or map whose channel counts differ.
     ambiguous:    groups of candidates between which nothing decides; never picked from.
     evidence:     target name -> in words, what decided its pair, then what else speaks for or against it.
+    guessed:      of a pairing that is not ok: targets of pairs that rest on what may hold by chance (kernels that are only
+                  beside their layer in a state dict, orders, numbers and words in names); confirm them, or answer the
+                  other questions and pair again.
     prefixes:     what one could say --only-under for, where names fit under several of them and nothing decides.
     left_targets, left_sources: layers left out because the user said so (skip, only_under).
     """
 
     __slots__ = (
-        "ambiguous", "evidence", "left_sources", "left_targets", "mismatched", "missing", "pairs", "prefixes", "source",
-        "source_notes", "target", "unexpected",
+        "ambiguous", "evidence", "guessed", "left_sources", "left_targets", "mismatched", "missing", "pairs", "prefixes",
+        "source", "source_notes", "target", "unexpected",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +57,7 @@ class Match:
         mismatched: Iterable[Mismatch] = (),
         ambiguous: Iterable[Ambiguity] = (),
         prefixes: Iterable[str] = (),
+        guessed: Iterable[str] = (),
         evidence: Mapping[str, tuple[str, ...]] | None = None,
         left_targets: Iterable[str] = (),
         left_sources: Iterable[str] = (),
@@ -67,6 +71,7 @@ class Match:
         self.mismatched = tuple(mismatched)
         self.ambiguous = tuple(ambiguous)
         self.prefixes = tuple(prefixes)
+        self.guessed = tuple(guessed)
         self.evidence = dict(evidence or {})
         self.left_targets = tuple(left_targets)
         self.left_sources = tuple(left_sources)
@@ -87,7 +92,9 @@ class Match:
     def raise_if_bad(self) -> None:
         """Raise MatchError unless every layer has its one pair, and there is one. The message lists what to do."""
         if not self.ok:
-            raise MatchError(self.problems())
+            error = MatchError(self.problems())
+            error.match = self
+            raise error
         if not self.pairs:
             raise MatchError(
                 f"nothing to pair: --skip, --only-under or the map leave out all {len(self.left_targets)} layers of"
@@ -116,6 +123,9 @@ class Match:
             parts.append(f"unexpected, not in {target}: {listed(self.unexpected)} of {source}")
         if not parts:
             return ""
+        if self.guessed:
+            some = listed([f"{t} = {self.pairs[t]}" for t in self.guessed], 4)
+            parts.append(f"of the {len(self.pairs)} other pairs {len(self.guessed)} are no more than likely ({some})")
         why = " ".join(self.source_notes) + " " if self.missing and self.source_notes else ""
         return "; ".join(parts) + ". " + why + self._advice()
 
@@ -134,6 +144,26 @@ class Match:
             advice.append("pair one part of a bigger model with --only-under PREFIX")
         text = ", or ".join(advice)
         return f"{text[:1].upper()}{text[1:]}."
+
+    def to_dict(self) -> dict[str, object]:
+        """The pairing as data for JSON: pairs with their evidence, and everything that keeps it from being complete."""
+        guessed = set(self.guessed)
+        pairs = [
+            {"target": t, "source": s, "guessed": t in guessed, "evidence": list(self.evidence.get(t, ()))}
+            for t, s in self.pairs.items()
+        ]
+        return {
+            "ok": self.ok,
+            "source": self.source,
+            "target": self.target,
+            "pairs": pairs,
+            "ambiguous": [group._asdict() for group in self.ambiguous],
+            "mismatched": [pair._asdict() for pair in self.mismatched],
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "left_targets": list(self.left_targets),
+            "left_sources": list(self.left_sources),
+        }
 
     def __repr__(self) -> str:
         counts = (f"{len(getattr(self, n))} {n}" for n in ("missing", "unexpected", "mismatched", "ambiguous"))

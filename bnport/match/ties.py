@@ -80,8 +80,10 @@ def shared_words(state: Alignment, group: Group) -> Proposal | None:
     if _words_mislead(state):
         return None
     proposal: Proposal = {}
-    s_words = {s: _words(state, state.source, s) for s in group.sources}
-    t_words = {t: _words(state, state.target, t) for t in group.targets}
+    fed = all(state.kernel(state.source.layers[s]) for s in group.sources)
+    fed = fed and all(state.kernel(state.target.layers[t]) for t in group.targets)  # else having one would be a word
+    s_words = {s: _words(state, state.source, s, fed) for s in group.sources}
+    t_words = {t: _words(state, state.target, t, fed) for t in group.targets}
     for word in frozenset().union(*s_words.values()):
         s_with = [s for s, w in s_words.items() if word in w]
         t_with = [t for t, w in t_words.items() if word in w]
@@ -140,9 +142,9 @@ def _nearest(state: Alignment, group: Group, other: int) -> int | None:
     return shared[-1][1] if shared[-1][0] > shared[-2][0] else None
 
 
-def _words(state: Alignment, side: Side, node: int) -> frozenset[str]:
-    """The words in the names of a layer and of the kernel that feeds it."""
-    kernel = state.kernel(side.layers[node])
+def _words(state: Alignment, side: Side, node: int, fed: bool) -> frozenset[str]:
+    """The words in the name of a layer and, if `fed`, in that of the kernel that feeds it."""
+    kernel = state.kernel(side.layers[node]) if fed else None
     return names.words((*side.tokens[node], *(names.tokens(kernel.name) if kernel else ())))
 
 

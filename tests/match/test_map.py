@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from bnport import mapfile
 from bnport.cli import main
 from bnport.errors import FormatError, MatchError, NotFound
+from bnport.layer import Kernel
 from bnport.match import match
 from bnport.match.compress import compress
 from bnport.match.patterns import expand
@@ -85,6 +87,22 @@ def test_open_questions_are_written_as_comments(tmp_path):
     assert mapfile.read_map(str(path)) == ({}, [])
 
 
+def test_guesses_are_comments_and_certain_pairs_are_entries(tmp_path):
+    def guessed(name, *shape):
+        return layer(name, shape[0]).but(kernel=Kernel("conv", shape, f"{name}.conv", guessed=True))
+
+    sources = layers(*(guessed(f"s{i}", 4, 4, 3, 3) for i in (1, 0)), guessed("s2\x1b", 4, 3, 3, 3), layer("w", 5))
+    targets = layers(*(layer(f"x{i}", 4, (4, 4, 3, 3)) for i in range(2)), layer("y", 4, (4, 3, 3, 3)), layer("own", 5))
+    path = tmp_path / "names.toml"
+    path.write_text(mapfile.text(match(sources, targets), sources, targets))
+    assert mapfile.read_map(str(path)).pairs == {"own": "w"}
+    likely = path.read_text().partition("# LIKELY")[2].splitlines()
+    assert [line for line in likely if line.startswith('# "y" = "s2\\u001b"  # the only 4-channel layer fed by a 3x3 ')]
+    confirmed = path.read_text().replace('# "y"', '"y"').replace("[pairs]", "").replace("# LIKELY", "[pairs]\n# LIKELY")
+    path.write_text(confirmed.replace('"own"', '# "own"'))
+    assert mapfile.read_map(str(path)).pairs == {"y": "s2\x1b"}
+
+
 def test_layers_that_were_left_out_are_in_the_file(tmp_path):
     sources, targets = layers(layer("a"), layer("head", 3)), layers(layer("x"))
     path = tmp_path / "names.toml"
@@ -146,3 +164,18 @@ def test_the_command_ends_with_1_if_questions_are_open(tmp_path, capsys):
     names.write_text('[pairs]\n"bn1" = "bn2"\n')
     assert main(["map", source, target, "--map", str(names)]) == 1
     assert "# OPEN" in capsys.readouterr().out
+
+
+def test_json_of_the_command_holds_the_pairs_their_evidence_and_what_is_open(tmp_path, capsys):
+    source, target, names = str(DIGITS / "digits.pth"), str(DIGITS / "twin.keras"), str(tmp_path / "names.toml")
+    assert main(["map", source, target, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [(p["target"], p["source"], p["guessed"]) for p in said["pairs"]] == [
+        (n, n, False) for n in ("bn1", "bn2", "bn3")
+    ]
+    assert said["map"].startswith("# Which layer of")
+    (tmp_path / "some.toml").write_text('[pairs]\n"bn1" = "bn2"\n')
+    assert main(["map", source, target, "--json", "-o", names, "--map", str(tmp_path / "some.toml")]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ok"], said["out"]) == (False, names)
+    assert said["mismatched"] == [{"target": "bn1", "source": "bn2", "target_channels": 16, "source_channels": 32}]

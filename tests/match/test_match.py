@@ -271,6 +271,35 @@ def test_guessed_kernels_that_contradict_the_order_they_come_from_do_not_decide(
     assert match(facts, targets).pairs == {"s": "stem", "x": "b_bn", "y": "a_bn"}
 
 
+def test_in_a_refused_pairing_guesses_are_named_and_certain_pairs_are_not():
+    target = [layer(f"x{i}", 4, (4, 4, 3, 3)) for i in range(2)]
+    target += [layer("y", 4, (4, 3, 3, 3)), layer("z", 4, (4, 4, 1, 1)), layer("own", 5)]
+    source = [guessed(f"s{i}", 4, (4, 4, 3, 3)) for i in (1, 0)]
+    source += [guessed("s2", 4, (4, 3, 3, 3)), guessed("s3", 4, (4, 4, 1, 1)), layer("other", 5)]
+    found = match(layers(*source), layers(*target))
+    assert found.pairs == {"y": "s2", "z": "s3", "own": "other"}
+    assert found.guessed == ("y", "z")  # not `own`: no other layer is as wide
+    assert "of the 3 other pairs 2 are no more than likely (y = s2, z = s3)" in found.problems()
+    assert "each is a 4-channel layer fed by a 3x3 kernel over 4 inputs; what rules out others" in found.problems()
+    assert [pair["guessed"] for pair in found.to_dict()["pairs"]] == [True, True, False]
+
+
+def test_pairs_by_equal_names_and_by_two_graphs_are_not_called_guesses():
+    names = [f"a.{i}" for i in range(5)]
+    found = match(chain(names), layers(*chain(names).values(), layer("more", 3, inputs=())))
+    assert (len(found.pairs), found.guessed, found.missing) == (5, (), ("more",))
+    found = match(chain(names), layers(*chain([f"x{i}" for i in "abcde"]).values(), layer("more", 3, inputs=())))
+    assert (len(found.pairs), found.guessed, found.missing) == (5, (), ("more",))
+
+
+def test_equal_names_counted_from_0_on_one_side_are_a_guess_where_a_layer_is_missing():
+    source, target = [layer(f"bn{i}") for i in range(6)], [layer(f"bn{i}") for i in range(1, 6)]
+    found = match(layers(*source), layers(*target))
+    assert found.unexpected == ("bn0",)
+    assert found.guessed == tuple(f"bn{i}" for i in range(1, 6))  # or bn0 is the first of both, and the last is missing
+    assert match(layers(*source[1:], layer("more", 3)), layers(*target)).guessed == ()
+
+
 @pytest.mark.parametrize("changes", [{}, {"refuted": True}])
 def test_guessed_kernels_that_nothing_confirms_or_something_refutes_do_not_decide(changes):
     stem = [guessed("stem", 4, (4, 3, 3, 3), **changes)] if changes else []
