@@ -6,7 +6,7 @@
     averages.py, tree.py      averages of batch statistics that merge; the fixed tree that everything is merged in
     executors.py, pinned.py   one function over many blocks: processes, Dask, Ray; workers that keep their state
     data.py, sources.py, arrays.py, folder.py    data of every kind as checked batches
-    models.py, graph.py       a live Keras model, and its steps in order
+    models.py, norm.py, graph.py                 a live Keras model, one BatchNorm layer of it, its steps in order
     states.py, hooks.py       what else a model holds and keeps; standing in for the calls of its layers
     frontier.py, looking.py, store.py            the population method, its activations in memory and on disk
     onepass.py                the methods that make one pass
