@@ -111,7 +111,7 @@ def convert(
         adapter.apply(target, changes)
         try:
             again = adapter.read_back(target) if hasattr(adapter, "read_back") else adapters.read(target, **reading)
-            result = report.written(_frozen(again), None, engine, progress, original)
+            result = report.written(_frozen(again), None, engine, progress, original, run is not False)
         except BaseException:
             adapter.apply(target, _as_they_were(targets, changes))
             raise
@@ -127,7 +127,7 @@ def convert(
     def check(temporary: str) -> None:
         after = adapters.read(temporary, **reading)
         engine = engine_of(adapter, temporary, epsilon=target_epsilon, options=target_options) if run else None
-        results.append(report.written(after, destination, engine, progress, original))
+        results.append(report.written(after, destination, engine, progress, original, bool(run)))
         if not results[0].ok:
             raise _NotTheSame
 

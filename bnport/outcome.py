@@ -73,8 +73,9 @@ class Outcome:
         engine: Engine | None,
         progress: Callable[[int, int, str], None] | None,
         source_engine: Engine | None = None,
+        asked: bool = False,
     ) -> Report:
-        """The report of what `after`, read back, holds."""
+        """The report of what `after`, read back, holds; `asked`: whether the real layers were to run."""
         bits = check_bits(self.targets, after, self.changes)
         if any(name not in after for name in self.changes):
             raise MatchError(f"{after.source}: layers are gone from what was written")
@@ -83,14 +84,14 @@ class Outcome:
         }
         others = [name for name, (check, _) in bits.items() if not check.ok and name not in self.changes]
         not_run: list[str] = []
-        if engine is None and source_engine is None:
+        if engine is None and source_engine is None and not asked:
             not_run.append("the real layers (--run does)")
         else:
             layers = run_layers(
                 layers, self.sources, after, engine, not_run, progress, self.references,
                 source_engine=None if self.references else source_engine,
             )  # fmt: skip
-            if engine is None:
+            if engine is None and not asked:
                 not_run[0] = "the target's real layers (--run does)"
         report = self._report("convert", layers, out, not_run)
         if others:

@@ -152,6 +152,12 @@ def test_what_is_not_run_is_said_with_the_reason(net, twin, tmp_path):
     assert report.not_run == ("the real layers (--run does)",)
 
 
+def test_a_target_without_an_engine_is_not_said_to_need_run(net, tmp_path):
+    bnport.save_records(net, tmp_path / "records.safetensors")
+    again = bnport.convert(net, tmp_path / "records.safetensors", tmp_path / "again.safetensors", run=True)
+    assert again.not_run == ("the real layers: no engine for records",)
+
+
 def test_without_the_framework_it_says_what_was_not_run(tmp_path, net, twin):
     torch.save(net.state_dict(), tmp_path / "net.pth")
     twin.save(tmp_path / "twin.keras")
