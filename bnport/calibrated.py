@@ -48,12 +48,17 @@ def convert_calibrated(
     """`convert`, with mean and variance computed from `data` for the layers whose source stores none.
 
     If every layer of the source has statistics, all are computed anew: that is what was asked for. target: a whole Keras
-    model, as a file or live. data, calibration: as for bnport.calibrate (method=, batch_size=, images=, ...). The other
-    arguments are those of `convert`. Note that the model is run for this, with Keras.
+    model, as a file or live. data, calibration: as for bnport.calibrate (method=, batch_size=, images=, ...), but for
+    layers=, which the source decides, and frozen=: like `convert`, this writes into layers with trainable=False too. The
+    other arguments are those of `convert`. Note that the model is run for this, with Keras.
 
     Raises what `convert` and `calibrate` raise; Unrepresentable if a target layer without gamma or beta would have to
-    absorb one into statistics that are not known yet. Nothing is written then.
+    absorb one into statistics that are not known yet. Nothing is written then, and a live target is as it was.
     """
+    if (calibration or {}).get("layers") is not None:
+        raise InvalidValue(
+            "layers: the source decides for which layers statistics are computed; leave pairs out with skip (--skip)"
+        )
     live = not isinstance(target, str | os.PathLike)
     if not live:
         if out is None:
@@ -71,15 +76,27 @@ def convert_calibrated(
     stand_ins = {s: (held["mean"].copy(), held["variance"].copy()) for s, held in arrays.items()}
     # paired once: numbers are evidence too, and the stand-ins below have others than the source
     pairing: dict[str, Any] = {"map": dict(match.pairs), "skip": skip, "only_under": only_under}
-    calibration = {"progress": progress, **(calibration or {}), "layers": list(chosen), "keep_checkpoint": True}
+    calibration = {
+        "progress": progress, **(calibration or {}), "layers": list(chosen), "frozen": True, "keep_checkpoint": True
+    }  # fmt: skip
     started = _with_statistics(sources, stand_ins, "")
+
+    def finish(result: Calibration) -> Report:
+        found = {chosen[layer.name]: (layer.mean, layer.variance) for layer in result.layers}
+        completed = _with_statistics(sources, found, _said(result, data))
+        report = convert(completed, target, out, **pairing, force=force, progress=progress, **options)
+        if report.ok:
+            delete(calibration.get("resume"))
+        return report
+
     if live:
         from bnport.calibrate.run import calibrate
 
         before = {name: layer.but(load=_kept(layer)) for name, layer in targets.items()}
-        convert(started, target, **pairing, run=False)
         try:
+            convert(started, target, **pairing, run=False)
             result = calibrate(target, data, **calibration)
+            return finish(result)
         except BaseException:
             as_it_was = Layers(before.values(), source="the model as it was", format=targets.format)
             convert(as_it_was, target, map={name: name for name in before}, run=False)
@@ -92,12 +109,7 @@ def convert_calibrated(
             staged, done = (os.path.join(temporary, f"{n}-{os.path.basename(os.fspath(target))}") for n in "12")
             convert(started, target, staged, **pairing)
             result = calibrate_file(staged, data, done, **calibration)
-    found = {chosen[layer.name]: (layer.mean, layer.variance) for layer in result.layers}
-    completed = _with_statistics(sources, found, _said(result, data))
-    report = convert(completed, target, out, **pairing, force=force, progress=progress, **options)
-    if report.ok:
-        delete(calibration.get("resume"))
-    return report
+    return finish(result)
 
 
 def _check_held(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> None:

@@ -131,6 +131,50 @@ def test_bad_data_leaves_a_live_model_as_it_was(folder, images):
     assert {model.get_layer(name).epsilon for name in NAMES} == {1e-3}
 
 
+def test_a_frozen_layer_gets_its_statistics_too_as_any_port_writes_into_it(folder, images):
+    from bnport.calibrated import convert_calibrated
+
+    for frozen in (["bn2"], NAMES):
+        model = keras.saving.load_model(folder / "twin.keras")
+        for name in frozen:
+            model.get_layer(name).trainable = False
+        assert convert_calibrated(folder / "net.pt", model, None, images).ok
+        assert [model.get_layer(name).trainable for name in NAMES] == [name not in frozen for name in NAMES]
+        np.testing.assert_allclose(model.predict(images, verbose=0), np.load(folder / "outputs.npy"), atol=5e-4)
+
+
+def test_whatever_fails_a_live_model_is_as_it_was(folder, images, monkeypatch):
+    import bnport.calibrated
+
+    model = keras.saving.load_model(folder / "twin.keras")
+    before = [w.copy() for w in model.get_weights()]
+    calls, real = [], bnport.calibrated.convert
+
+    def failing(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:  # the last step, when all statistics are in the model
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(bnport.calibrated, "convert", failing)
+    with pytest.raises(KeyboardInterrupt):
+        bnport.calibrated.convert_calibrated(folder / "net.pt", model, None, images)
+    assert len(calls) == 3
+    assert all((a == b).all() for a, b in zip(before, model.get_weights(), strict=True))
+    assert {model.get_layer(name).epsilon for name in NAMES} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--layers bn1", "layers: the source decides"), ("--out other.keras", "not of"), ("--data x.npy --json", "not of")],
+)
+def test_options_that_would_be_ignored_are_refused(words, message, folder, tmp_path, capsys):
+    command = ["convert", str(folder / "net.pt"), str(folder / "twin.keras"), "-o", str(tmp_path / "o.keras")]
+    assert main([*command, "--calibrate", str(folder / "images.npy"), "--calibrate-options", words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_target_without_gamma_cannot_absorb_one_before_there_are_statistics(folder, tmp_path, images):
     from bnport.calibrated import convert_calibrated
 

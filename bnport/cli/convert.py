@@ -96,7 +96,12 @@ def _calibrated(args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog="bnport convert --calibrate-options", add_help=False)
     calibrate.configure(parser)
     words = shlex.split(args.calibrate_options)
-    chosen = parser.parse_args([args.target, "--data", args.calibrate, "-o", args.out or "", *words])
+    own = [args.target, "--data", args.calibrate, "-o", args.out or ""]
+    chosen = parser.parse_args([*own, *words])
+    plain = parser.parse_args(own)
+    wrong = [n for n in ("model", "data", "out", "force", "json") if getattr(chosen, n) != getattr(plain, n)]
+    if wrong:
+        raise InvalidValue(f"--calibrate-options: {', '.join(wrong)}: options of convert, not of --calibrate-options")
     pairing = common.pairing_options(args)
     pairing.pop("target_epsilon")
     pairing.pop("target_options")
