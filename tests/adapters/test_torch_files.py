@@ -98,7 +98,7 @@ def test_a_checkpoint_without_batchnorm_is_empty_and_says_so(tmp_path):
         layers = adapters.read(saved(value, tmp_path))
         assert not layers
         (said,) = layers.notes
-        assert said.startswith("no running statistics (running_mean and running_var) anywhere in it. If its BatchNorm")
+        assert said.startswith("No running statistics (running_mean and running_var) anywhere in it. If its BatchNorm")
         assert "--calibrate DATA" in said
 
 

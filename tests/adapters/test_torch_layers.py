@@ -108,7 +108,7 @@ def test_other_normalisations_are_not_taken_for_batchnorm(tmp_path, affine):
     plain = torch.nn.Sequential(*list(others)[:3])
     layers = adapters.read(saved(plain.state_dict(), tmp_path))
     assert not layers
-    assert any("no running statistics" in note for note in layers.notes)
+    assert any("No running statistics" in note for note in layers.notes)
 
 
 def _scripted(model, tmp_path):

@@ -17,6 +17,7 @@ Read without torch, and without running anything that is in the file:
 .pt .pth .jit              TorchScript, scripted or traced: epsilon from the code.
 .pt2                       torch.export: epsilon, kernels and graph.
 .safetensors               with torch's names.
+.index.json                a model in several of these files, as Hugging Face saves large ones; read, not written.
 
 Written into a copy, all else byte for byte the same: gamma, beta, mean and variance, where they lie as plain runs of
 numbers (not strided views, not in a compressed archive). epsilon and momentum are not written into files.
@@ -46,18 +47,20 @@ if TYPE_CHECKING:
     from bnport.containers.patch import Patch
     from bnport.layer import Change, Layer
 
-SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".tar", ".jit", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".tar", ".jit", ".safetensors", ".json")
 PACKAGES = ("torch",)
 
 STATE_WITHOUT = (
     "If its BatchNorm has track_running_stats=False, a state dict does not show it: save the module itself"
     " (torch.save(model, path)) or export it to ONNX, and use bnport convert --calibrate DATA."
 )
-_NONE_FOUND = f"no running statistics (running_mean and running_var) anywhere in it. {STATE_WITHOUT}"
+_NONE_FOUND = f"No running statistics (running_mean and running_var) anywhere in it. {STATE_WITHOUT}"
 
 
 def recognise(head: bytes, path: str) -> bool:
     """A zip with a data.pkl or models/model.json in its top folder, a legacy stream or tar, or safetensors not ours."""
+    if path.lower().endswith(".json"):
+        return path.lower().endswith(".index.json") and head.lstrip().startswith(b"{")
     if head.startswith(b"PK"):
         return _first_member_is_torchs(head, path) or _zip_kind(path) != ""
     if head[8:9] == b"{" and path.lower().endswith(".safetensors") and b"bnport" not in head:
@@ -113,6 +116,12 @@ def read(
         from bnport.adapters.torch.live import read_live
 
         return read_live(source, key, inplace_abn, epsilon)
+    if source.lower().endswith(".index.json"):
+        return _read_index(source, inplace_abn, epsilon)
+    if "-of-" in source:
+        from bnport.adapters.torch.shards import refuse_part
+
+        refuse_part(source)
     file = ReadFile(source)
     if source.lower().endswith(".safetensors") or file.pread(8, min(1, max(0, file.size - 8))) == b"{":
         return _read_safetensors(source, inplace_abn, epsilon)
@@ -187,6 +196,15 @@ def _read_safetensors(path: str, inplace_abn: bool | None, epsilon: float | None
     return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
 
 
+def _read_index(path: str, inplace_abn: bool | None, epsilon: float | None) -> Layers:
+    from bnport.adapters.torch.shards import tensors_of_index
+    from bnport.adapters.torch.state import layers_of_state
+
+    tensors, versions = tensors_of_index(path, _opened)
+    layers, notes = layers_of_state(tensors, versions, printable(path), inplace_abn, epsilon)
+    return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
+
+
 def write(
     target: str,
     changes: Mapping[str, Change],
@@ -202,8 +220,10 @@ def write(
     dict holds none, and in other files they are code or pickled attributes. Raises InvalidValue for numbers that are not
     rounded to the file's dtype, strided views, compressed archives, and memory shared with another layer.
     """
+    from bnport.adapters.torch.shards import refuse_index
     from bnport.adapters.torch.writing import write_file
 
+    refuse_index(target)
     write_file(target, read(target, key=key, inplace_abn=inplace_abn), changes, out)
 
 
@@ -211,8 +231,10 @@ def patches(
     target: str, changes: Mapping[str, Change], *, key: str | None = None, inplace_abn: bool | None = None
 ) -> list[Patch]:
     """The changes as bytes at offsets of the file `target`, which keeps its length. Raises as `write` does."""
+    from bnport.adapters.torch.shards import refuse_index
     from bnport.adapters.torch.writing import file_patches
 
+    refuse_index(target)
     return file_patches(target, read(target, key=key, inplace_abn=inplace_abn), changes)
 
 

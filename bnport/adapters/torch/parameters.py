@@ -97,6 +97,10 @@ def roles_of(
             found = {"weight": ("gamma",), "bias": ("beta",)}
             used |= {"gamma", "beta"}
             notes.append("its scale and shift are stored under gamma and beta")
+    if bool(found["weight"]) != bool(found["bias"]) and not given:
+        held, lacking = ("weight", "bias") if found["weight"] else ("bias", "weight")
+        taken = "beta = 0" if held == "weight" else "gamma = 1"
+        notes.append(f"holds {held} but no {lacking}: {taken} is taken")
     if "scale" in own and "zero_point" in own:
         used |= {"scale", "zero_point"}
         notes.append("a quantised BatchNorm: its output is rounded to 8 bits, which is not part of the record")

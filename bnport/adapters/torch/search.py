@@ -108,7 +108,7 @@ def _walk(
     if budget[0] < 0:
         raise FormatError(f"{reader.where}: too many nested values to look for a model in; name it with --key")
     if any(isinstance(name, str) and _is_statistic(name) for name in items):
-        tensors = _tensors(items, reader)
+        tensors = tensors_of(items, reader)
         if any(_is_statistic(name) for name in tensors):
             yield Found(path, value, tensors)
             return
@@ -121,7 +121,7 @@ def _is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
-def _tensors(items: dict[Any, Any], reader: Reader) -> dict[str, Tensor]:
+def tensors_of(items: dict[Any, Any], reader: Reader) -> dict[str, Tensor]:
     """The tensors of a state dict. What lies in a BatchNorm but is no known tensor is refused."""
     tensors = {}
     for name, item in items.items():
