@@ -115,7 +115,7 @@ def image_statistics(
     resample: of `size`: nearest, bilinear (default), bicubic, lanczos, box or hamming, as Pillow defines them.
     recursive: whether folders in the folder are entered (links to folders never are).
     damaged:  "refuse", or "skip" files that cannot be decoded and name them in `notes`.
-    axis:     the channel axis of an array; default the last, if its length is 1 to 4.
+    axis:     the channel axis of an array, or of each image; default the last, if its length is 1 to 4.
     key:      the array of an `.npz` that holds several.
     engine, workers, progress: as in executors.map_blocks, for image files.
 
@@ -155,10 +155,12 @@ def image_statistics(
         return _of_array(pixels.of_rows(source, axis, factor, "the array"))
     elif isinstance(source, list | tuple) and source and isinstance(source[0], str | os.PathLike):
         _refuse(of_arrays, "the list of paths", "image files")
+        if not all(isinstance(path, str | os.PathLike) for path in source):
+            raise InvalidValue("a list of paths and other things is not images: expected paths only, or arrays only")
         paths, notes = [os.fspath(path) for path in source], []
     elif hasattr(source, "__iter__"):
-        _refuse(of_files | of_arrays, "the iterable", "images (height, width, channels) one by one")
-        return _of_array(pixels.of_arrays(source, factor))
+        _refuse(of_files | {"key": key is not None}, "the iterable", "images (height, width, channels) one by one")
+        return _of_array(pixels.of_arrays(source, axis, factor))
     else:
         raise InvalidValue(f"a {printable(type(source).__name__)} is not images: expected a folder, paths or arrays")
     if resample is not None and target is None:

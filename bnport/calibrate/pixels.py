@@ -68,18 +68,27 @@ def of_rows(source: Any, axis: int | None, scale: Fraction | None, name: str) ->
     return Pixels(shape[0] if axis else 1, total, dtype.name, factor)
 
 
-def of_arrays(arrays: Iterable[Any], scale: Fraction | None) -> Pixels:
-    """Sums of images (H, W, C), one array or tensor each. Without a `scale` all must be of dtypes that share one."""
+def of_arrays(arrays: Iterable[Any], axis: int | None, scale: Fraction | None) -> Pixels:
+    """Sums of images (H, W, C), one array or tensor each, or with the channels on another `axis` of the three.
+
+    Without a `scale` all must be of dtypes that share one.
+    """
+    if axis is not None and not -3 <= axis < 3:
+        raise InvalidValue(f"axis {axis}: an image has three axes, (height, width, channels)")
     found: Pixels | None = None
     for number, image in enumerate(arrays):
         name = f"image {number}"
         array = _converted(image, name)
         if array.ndim != 3 or array.dtype.kind not in "iub":
             raise InvalidValue(f"{name}: expected integers (height, width, channels), got {array.dtype} {array.shape}")
+        if axis is None and not 1 <= array.shape[-1] <= 4:
+            raise Question(
+                f"{name}: shape {array.shape}: which axis are the channels? Give axis: 0 for channels first, -1 for last"
+            )
         dtype, factor = array.dtype.name, _scale(array.dtype, scale, name)
         if not array.size:
             raise InvalidValue(f"{name}: shape {array.shape} holds no pixels")
-        exact = exact_moments(array)
+        exact = exact_moments(array, -1 if axis is None else axis)
         if found is None:
             found = Pixels(1, exact, dtype, factor)
             continue

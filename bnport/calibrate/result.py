@@ -94,7 +94,7 @@ class Calibration:
         raise KeyError(name)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; statistics as lists."""
+        """Plain JSON values; statistics as lists, None where an old one is NaN or infinite, which JSON does not have."""
         names = ("old_mean", "old_variance", "mean", "variance")
         return {
             "model": self.model,
@@ -114,7 +114,7 @@ class Calibration:
                     "numbers_per_channel": layer.n,
                     "largest_mean_shift": _finite(layer.shift),
                     "std_ratio": [_finite(value) for value in layer.scales],
-                    **{name: getattr(layer, name).tolist() for name in names},
+                    **{name: [_finite(value) for value in getattr(layer, name)] for name in names},
                 }
                 for layer in self.layers
             ],

@@ -193,3 +193,34 @@ def test_a_file_whose_pixels_pillow_would_round_to_8_bits_is_refused_by_name(nam
         image.load()  # Pillow does decode it
     with pytest.raises(InvalidValue, match=rf"{name}: .*cuts to 8 bits"):
         image_statistics(tmp_path, mode=mode)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_images_one_by_one_that_are_channels_first_are_asked_about(kind):
+    """As torchvision's datasets give them: 3 rows of pixels with 9 channels each, if nobody asks."""
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 9, 3)).astype("u1")
+    first = np.ascontiguousarray(np.moveaxis(images, -1, 1))
+
+    def one_by_one():
+        if kind == "numpy":
+            return iter(first)
+        import torch
+
+        return iter(torch.from_numpy(first))
+
+    with pytest.raises(Question, match=r"image 0: shape \(3, 8, 9\): which axis are the channels"):
+        image_statistics(one_by_one())
+    with pytest.raises(InvalidValue, match="axis 3: an image has three axes"):
+        image_statistics(one_by_one(), axis=3)
+    found = image_statistics(one_by_one(), axis=0)
+    assert found.images == 10
+    assert found.mean.tolist() == [float(Fraction(int(images[..., c].sum(dtype=int)), 720 * 255)) for c in range(3)]
+    wide = np.repeat(images, 3, axis=-1)
+    assert list(image_statistics(iter(wide), axis=-1).exact.total) == [
+        int(wide[..., c].sum(dtype=int)) for c in range(9)
+    ]
+
+
+def test_a_list_of_paths_and_arrays_is_refused(tmp_path):
+    with pytest.raises(InvalidValue, match="a list of paths and other things"):
+        image_statistics([tmp_path, np.zeros((2, 2, 3), "u1")])
