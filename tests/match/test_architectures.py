@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 import tensorflow
 import torch
 
@@ -238,10 +239,14 @@ def test_an_onnx_export_without_names_pairs_rightly_or_lists_the_right_layer_amo
 def test_resnet50_from_a_file_to_a_keras_file_pairs_the_shortcuts(tmp_path):
     model = zoo.ARCHITECTURES["ResNet50"]
     source, target = str(tmp_path / "resnet50.pth"), str(tmp_path / "resnet50.keras")
-    torch.save(model.torch().state_dict(), source)
+    state = model.torch().state_dict()
+    torch.save(state, source)
     model.keras(model.size).save(target)
     found = match(read(source), read(target))
     found.raise_if_bad()
+    by_name = str(tmp_path / "resnet50.safetensors")  # sorted by name
+    safetensors.torch.save_file(state, by_name)
+    assert match(read(by_name), read(target)).pairs == found.pairs
     for stage in range(4):
         assert found.pairs[f"conv{stage + 2}_block1_0_bn"] == f"layer{stage + 1}.0.downsample.1"
         assert found.pairs[f"conv{stage + 2}_block1_3_bn"] == f"layer{stage + 1}.0.bn3"

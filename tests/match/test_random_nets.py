@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bnport import mapfile
 from bnport.adapters import read
@@ -19,8 +20,11 @@ from bnport.match import match, patterns
 from tests.match import nets
 
 
-def case(seed):
-    """(sources, targets, target -> source as it is by construction, in words how it was made) of one random network."""
+def case(seed, safetensors=None):
+    """(sources, targets, target -> source as it is by construction, in words how it was made) of one random network.
+
+    safetensors: a path under which a source that is a state dict is saved, sorted by name, and read from.
+    """
     chance = random.Random(seed)
     plan = nets.planned(chance)
     own, style = nets.named(chance, plan, 0)
@@ -36,7 +40,11 @@ def case(seed):
                 target.get_submodule(theirs[key]).load_state_dict(source.get_submodule(own[key]).state_dict())
     form = chance.choice(("state dict", "state dict", "state dict", "live"))
     there = chance.choice(("live", "live", "live", "state dict", "without kernels", "without graph", "bare"))
-    sources = read(source.state_dict() if form == "state dict" else source)
+    if form == "state dict" and safetensors:
+        save_file(source.state_dict(), safetensors)
+        sources = read(safetensors)
+    else:
+        sources = read(source.state_dict() if form == "state dict" else source)
     targets = read(target.state_dict() if there == "state dict" else target)
     changes = {}
     if there in ("without kernels", "bare"):
@@ -49,12 +57,12 @@ def case(seed):
     return sources, targets, truth, f"{style} {form} -> {other} {there}{' ported' if ported else ''}"
 
 
-def outcome(seed):
+def outcome(seed, safetensors=None):
     """("true", "asked" or "wrong", how the case was made, the wrong pairs with their evidence).
 
     "asked, others wrong": a pair that is called certain is wrong, or candidates without the true one are called all.
     """
-    sources, targets, truth, made = case(seed)
+    sources, targets, truth, made = case(seed, safetensors)
     assert set(sources) == set(truth.values())
     assert set(targets) == set(truth)
     found = match(sources, targets)
@@ -76,6 +84,13 @@ def test_a_random_network_is_paired_truly_or_not_at_all(start):
     assert {seed: each for seed, each in found.items() if "wrong" in each[0]} == {}
     counts = collections.Counter(each[0] for each in found.values())
     assert min(counts["true"], counts["asked"]) > 10  # neither is the only thing that happens
+
+
+def test_a_random_network_in_a_file_that_is_sorted_by_name_is_paired_truly_or_not_at_all(tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    found = {seed: outcome(seed, path) for seed in range(400, 500)}
+    assert {seed: each for seed, each in found.items() if "wrong" in each[0]} == {}
+    assert sum(" state dict " in f" {each[1]}" and each[0] == "true" for each in found.values()) > 10
 
 
 # found by searching: their pairings are refused, and some pair or candidate in them is wrong

@@ -186,22 +186,24 @@ def _opened(file: ReadFile) -> Checkpoint | Layers:
 
 
 def _read_safetensors(path: str, inplace_abn: bool | None, epsilon: float | None) -> Layers:
+    from bnport.adapters.torch.order import as_defined
     from bnport.adapters.torch.state import layers_of_state
     from bnport.containers.safetensors import open_safetensors
 
     tensors, metadata = open_safetensors(path)
     if metadata.get("format") == "bnport":
         raise FormatError(f"{printable(path)}: is bnport's own record file, not a PyTorch model")
-    layers, notes = layers_of_state(tensors, {}, printable(path), inplace_abn, epsilon)
+    layers, notes = layers_of_state(as_defined(tensors), {}, printable(path), inplace_abn, epsilon)
     return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
 
 
 def _read_index(path: str, inplace_abn: bool | None, epsilon: float | None) -> Layers:
+    from bnport.adapters.torch.order import as_defined
     from bnport.adapters.torch.shards import tensors_of_index
     from bnport.adapters.torch.state import layers_of_state
 
     tensors, versions = tensors_of_index(path, _opened)
-    layers, notes = layers_of_state(tensors, versions, printable(path), inplace_abn, epsilon)
+    layers, notes = layers_of_state(as_defined(tensors), versions, printable(path), inplace_abn, epsilon)
     return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
 
 

@@ -1,0 +1,50 @@
+"""Files whose tensors are sorted by name: the order in which the modules were defined, as torch's own state dict shows it."""
+
+from __future__ import annotations
+
+import safetensors.torch
+import torch
+
+from bnport.adapters import read
+from bnport.adapters.torch.order import as_defined, is_sorted
+from bnport.containers.safetensors import open_safetensors
+from tests.zoo import torchvision
+
+
+def modules(names):
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def test_the_order_of_a_resnet_is_that_of_its_definition(tmp_path):
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    path = str(tmp_path / "resnet50.safetensors")
+    safetensors.torch.save_file(state, path)
+    tensors, _ = open_safetensors(path)
+    assert is_sorted(tensors)
+    assert modules(tensors) != modules(state)
+    assert modules(as_defined(tensors)) == modules(state)
+    torch.save(state, tmp_path / "resnet50.pth")
+    kernels = [{n: layer.kernel and layer.kernel.name for n, layer in read(str(p)).items()} for p in tmp_path.iterdir()]
+    assert kernels[0] == kernels[1]
+    assert len(kernels[0]) == 53
+    assert None not in kernels[0].values()
+
+
+def test_tensors_in_another_order_than_that_of_names_stay_in_it():
+    class Any:
+        dtype, shape = "float32", (3,)
+
+    names = ["b.weight", "a.weight", "c.running_mean"]
+    assert list(as_defined(dict.fromkeys(names, Any()))) == names
+    assert list(as_defined(dict.fromkeys(sorted(names), Any()))) == ["c.running_mean", "a.weight", "b.weight"]
+
+
+def test_children_go_by_number_then_kernel_before_norm_and_10_comes_after_9(tmp_path):
+    net = torch.nn.Module()
+    for i in range(8, 12):
+        net.add_module(f"conv{i}", torch.nn.Conv2d(4, 4, 3))
+        net.add_module(f"bn{i}", torch.nn.BatchNorm2d(4))
+    net.add_module("fc", torch.nn.Linear(4, 4))
+    path = str(tmp_path / "net.safetensors")
+    safetensors.torch.save_file(net.state_dict(), path)
+    assert modules(as_defined(open_safetensors(path)[0])) == modules(net.state_dict())
