@@ -36,8 +36,10 @@ def as_defined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not is_sorted(tensors):
         return dict(tensors)
     kinds: dict[str, int] = {}
+    held: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         module, _, last = name.rpartition(".")
+        held.setdefault(module, []).append(name)
         if last == "running_mean":
             kinds[module] = 1
         elif last == "weight" and len(tensor.shape) > 1:
@@ -51,4 +53,4 @@ def as_defined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             keys[path] = (*key(parent), (not numbers, numbers, kinds.get(path, 2), own))
         return keys[path]
 
-    return {name: tensors[name] for name in sorted(tensors, key=lambda name: (key(name.rpartition(".")[0]), name))}
+    return {name: tensors[name] for module in sorted(held, key=key) for name in held[module]}
