@@ -41,6 +41,12 @@ class Norm:
                     f"{printable(name)}: normalises over {len(axis)} axes at once; only one is supported"
                 )
             axis = axis[0]
+        if len(layer.moving_mean.shape) != 1:
+            raise InvalidValue(
+                f"{printable(name)}: its statistics have the shape {tuple(layer.moving_mean.shape)}, as with"
+                " virtual_batch_size; only one number per channel is supported. Leave virtual_batch_size away: it does"
+                " nothing at inference"
+            )
         self.axis = int(axis)
         self.channels = int(layer.moving_mean.shape[0])
         self.epsilon = float(layer.epsilon)

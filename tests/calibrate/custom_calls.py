@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bnport.calibrate.run import METHODS, calibrate
-from bnport.errors import Unrepresentable
+from bnport.errors import InvalidValue, Unrepresentable
 from tests.calibrate import nets
 from tests.calibrate.nets import L, keras, numpy
 
@@ -69,7 +69,17 @@ def statistics_of_64_bits_and_what_a_backend_makes_of_them():
         np.testing.assert_allclose(found.variance, variance, rtol=unit)
 
 
+def layers_of_more_than_one_number_per_channel_are_refused():
+    if not KERAS_2:
+        return
+    i = keras.Input((8, 8, 4))
+    for options, message in (({"virtual_batch_size": 8}, "virtual_batch_size"), ({"axis": [1, 3]}, "over 2 axes")):
+        with pytest.raises(InvalidValue, match=rf"bn: .*{message}"):
+            calibrate(keras.Model(i, L.BatchNormalization(name="bn", **options)(i)), nets.data(64, (8, 8, 4)))
+
+
 CHECKS = [
     a_layer_that_inference_calls_in_training_and_without_is_refused,
     statistics_of_64_bits_and_what_a_backend_makes_of_them,
+    layers_of_more_than_one_number_per_channel_are_refused,
 ]
