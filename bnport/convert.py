@@ -87,7 +87,7 @@ def convert(
             check_changeable(destination, inputs[:-1])
         else:
             check_output(destination, force=force, inputs=inputs)
-            adapters.check_suffix(destination, path or "")
+            adapters.check_suffix(destination, path or "", source=path_of(source) or "")
 
     digests = {p: Digest(p) for p in paths(source)}  # computed while everything else goes on
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))

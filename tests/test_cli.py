@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -328,3 +329,64 @@ def test_json_of_a_command_that_could_not_run_says_why_and_what_is_open(tmp_path
         assert said["pairing"]["unexpected"] == ["bn1"]
         assert said["pairing"]["ok"] is False
     assert not out.exists()
+
+
+def test_a_file_that_is_not_there_is_one_line_also_in_place(tmp_path, capsys):
+    missing, long = str(tmp_path / "none.keras"), str(tmp_path / ("x" * 300))
+    for command in (
+        ["convert", PTH, missing, "--in-place"],
+        ["convert", missing, TWIN, "--in-place"],
+        ["convert", PTH, long, "--in-place"],
+        ["restore", missing],
+        ["restore", long],
+    ):
+        if command[2:3] == [TWIN]:
+            command[2] = str(shutil.copy(TWIN, tmp_path))
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert any(words in said for words in ("no such file", "File name too long", "nothing to put back"))
+
+
+def test_an_option_of_the_target_may_be_false_and_its_epsilon_has_its_own_option(capsys):
+    assert main(["verify", PTH, PTH, "--target-option", "inplace-abn=false"]) == 0
+    assert main(["verify", PTH, PTH, "--target-option", "inplace-abn=True"]) == 1
+    assert main(["verify", PTH, PTH, "--target-option", "inplace-abn"]) == 1
+    assert main(["verify", PTH, PTH, "--target-option", "epsilon=1e-3"]) == 2
+    assert "--target-epsilon" in capsys.readouterr().err
+
+
+def test_a_safetensors_model_is_never_replaced_by_records_and_may_be_changed_in_place(tmp_path, capsys):
+    model, other = tmp_path / "model.safetensors", str(tmp_path / "other.pth")
+    shutil.copy(DIGITS / "digits.safetensors", model)
+    before = model.read_bytes()
+    torch.save({name: value * 1.5 for name, value in torch.load(PTH).items()}, other)
+    for more in ([], ["--force"]):
+        assert main(["convert", other, str(model), *more]) == 2
+        assert "-o OUT" in capsys.readouterr().err
+        assert model.read_bytes() == before
+    assert main(["convert", other, str(model), "--in-place"]) == 0
+    assert main(["verify", other, str(model)]) == 0
+    records = str(tmp_path / "records.safetensors")
+    assert main(["convert", other, records]) == 0
+    assert main(["convert", PTH, records]) == 2
+    assert main(["convert", PTH, records, "--force"]) == 0  # records may be
+    assert main(["verify", PTH, records]) == 0
+
+
+@pytest.mark.parametrize("option", [["--only", "gamma"], ["--skip", "bn1"], ["--momentum", "port"], ["--run"]])
+def test_options_that_records_do_not_know_are_refused(tmp_path, capsys, option):
+    records = tmp_path / "records.safetensors"
+    assert main(["convert", PTH, str(records), *option]) == 2
+    assert f"{' '.join(option) if option[1:] == ['port'] else option[0]} would do nothing" in capsys.readouterr().err
+    assert not records.exists()
+
+
+def test_source_and_target_in_the_wrong_order_are_asked_about(tmp_path, capsys):
+    out = tmp_path / "ported.keras"
+    assert main(["convert", TWIN, PTH, "-o", str(out)]) == 2
+    assert "are the two the wrong way round?" in capsys.readouterr().err
+    assert main(["convert", PTH, TWIN, "-o", str(tmp_path / "out.onnx")]) == 2
+    assert "wrong way" not in capsys.readouterr().err
+    assert main(["convert", PTH, TWIN]) == 2
+    assert "-o OUT" in capsys.readouterr().err

@@ -125,11 +125,12 @@ _TWO_PARTS = (".weights.h5", ".caffemodel.h5", ".weights.json")
 _ALIKE = ({".pth", ".pt", ".bin", ".ckpt", ".tar", ".jit"}, {".h5", ".hdf5"})  # told apart by their contents
 
 
-def check_suffix(out: str, target: str, *, strict: bool = False) -> None:
+def check_suffix(out: str, target: str, *, source: str = "", strict: bool = False) -> None:
     """Refuse an output named as another kind of file than the target, of which it is a copy: nothing would open it.
 
     A suffix that no format has is the user's own business, on either side; where it is known who opens the output, and
-    that this goes by the suffix, `strict` refuses an `out` without the target's. Raises OutputError.
+    that this goes by the suffix, `strict` refuses an `out` without the target's. `source`: to see whether
+    the two were named the wrong way round. Raises OutputError.
     """
     kind, wanted = _suffix(out), _suffix(target)
     if kind == wanted or any({kind, wanted} <= group for group in _ALIKE):
@@ -137,8 +138,10 @@ def check_suffix(out: str, target: str, *, strict: bool = False) -> None:
     known = {*_TWO_PARTS, *(suffix for name in names() for suffix in load(name).SUFFIXES)}
     if wanted in known and (strict or kind in known):
         other = f", and what opens a {kind} file does not open that" if kind in known else ""
+        turned = source and _suffix(source) == kind
+        ask = f". Or are the two the wrong way round? {printable(target)} was named as the target" if turned else ""
         raise OutputError(
-            f"{printable(out)}: will be a {wanted} file, as {printable(target)} is{other}; let its name end in {wanted}"
+            f"{printable(out)}: will be a {wanted} file, as {printable(target)} is{other}; let its name end in {wanted}{ask}"
         )
 
 

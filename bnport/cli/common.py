@@ -82,7 +82,10 @@ def pairing_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _named(text: str) -> tuple[str, str | bool]:
     name, equals, value = text.partition("=")
-    return name.replace("-", "_"), value if equals else True
+    if name == "epsilon":
+        raise InvalidValue("--target-option epsilon: say --target-epsilon")
+    given = {"true": True, "false": False}.get(value.lower(), value)
+    return name.replace("-", "_"), given if equals else True
 
 
 def read_map(path: str) -> Any:

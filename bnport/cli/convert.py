@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bnport.cli import common
+from bnport.errors import InvalidValue, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -57,11 +58,15 @@ def run(args: argparse.Namespace) -> int:
     from bnport.convert import convert, save_records
 
     common.check_html(args, args.source, args.target, args.out)
-    if args.out is None and not args.dry_run and args.target.endswith(".safetensors"):
+    nowhere = args.out is None and not args.dry_run and not args.in_place
+    if nowhere and args.target.endswith(".safetensors") and not _is_model(args.target):
+        _refuse_with_records(args)
         report = save_records(
             args.source, args.target, epsilon=args.epsilon, force=args.force, options=common.source_options(args)
         )
         return common.finish(report, args)
+    if nowhere:
+        raise InvalidValue("name the file to make: -o OUT (TARGET itself is changed only with --in-place)")
     if args.calibrate is not None:
         return _calibrated(args)
     with common.Progress(args.json) as progress:
@@ -81,6 +86,30 @@ def run(args: argparse.Namespace) -> int:
             **common.pairing_options(args),
         )
     return common.finish(report, args)
+
+
+def _is_model(path: str) -> bool:
+    """Whether there is a file that is no record file of bnport, which --force then must not replace."""
+    import os
+
+    from bnport import adapters
+
+    return os.path.lexists(path) and not (os.path.isfile(path) and adapters.find(path) is adapters.load("records"))
+
+
+def _refuse_with_records(args: argparse.Namespace) -> None:
+    """Raise InvalidValue for options that say how to write into a model, where only records are saved."""
+    given = {
+        "--only": args.only, "--map": args.map, "--skip": args.skip, "--only-under": args.only_under, "--run": args.run,
+        "--momentum port": args.momentum == "port", "--target-epsilon": args.target_epsilon is not None,
+        "--target-option": args.target_option, "--calibrate": args.calibrate is not None,
+    }  # fmt: skip
+    ignored = [option for option, value in given.items() if value]
+    if ignored:
+        raise InvalidValue(
+            f"{printable(args.target)}: is no model, so all records of {printable(args.source)} would be saved in it;"
+            f" {', '.join(ignored)} would do nothing. For a model name it as TARGET, and -o OUT"
+        )
 
 
 def _calibrated(args: argparse.Namespace) -> int:

@@ -168,13 +168,14 @@ def check_output(out: str, *, force: bool = False, inputs: Iterable[str] = ()) -
     if not stat.S_ISREG(status.st_mode):
         raise OutputError(f"{shown}: is not a regular file")
     for path in inputs:
-        if _is_file(path, status):
+        if is_file(path, status):
             raise OutputError(f"{shown}: is the input {printable(path)} itself; choose another output")
     if not force:
         raise OutputError(f"{shown}: exists already; --force replaces it")
 
 
-def _is_file(path: str, status: os.stat_result) -> bool:
+def is_file(path: str, status: os.stat_result) -> bool:
+    """Whether there is a file at `path`, and it is the one of `status`."""
     try:
         return os.path.samestat(os.stat(path), status)
     except OSError:

@@ -21,9 +21,9 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from bnport.containers.files import ReadFile, flush
+from bnport.containers.files import ReadFile, flush, is_file
 from bnport.containers.patch import Patch, joined, write_at
-from bnport.errors import FormatError, NotFound, OutputError, printable
+from bnport.errors import FormatError, NotFound, OutputError, first_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -46,7 +46,12 @@ def is_sealed(head: bytes) -> bool:
 def check_changeable(path: str, inputs: Iterable[str] = ()) -> None:
     """Refuse a file that must not be changed in place: a link, one with other names, one of `inputs`, one left half-done."""
     shown = printable(path)
-    status = os.lstat(path)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        raise NotFound(f"{shown}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{shown}: {first_line(error)}") from None
     if not stat.S_ISREG(status.st_mode):
         raise OutputError(f"{shown}: is not a regular file (a link?); name the file itself")
     if status.st_nlink > 1:
@@ -57,7 +62,7 @@ def check_changeable(path: str, inputs: Iterable[str] = ()) -> None:
     if not os.access(path, os.W_OK):
         raise OutputError(f"{shown}: cannot be written to")
     for other in inputs:
-        if os.path.samestat(os.stat(other), status):
+        if is_file(other, status):
             raise OutputError(f"{shown}: is the source itself")
     if os.path.lexists(path + UNDO):
         raise OutputError(
@@ -115,6 +120,8 @@ def restore(path: str) -> str:
         raise NotFound(
             f"{shown}: there is no {printable(os.path.basename(path) + UNDO)}, so nothing to put back"
         ) from None
+    except OSError as error:
+        raise FormatError(f"{printable(path + UNDO)}: {error.strerror}") from None
     file = ReadFile(path)
     if undo is None:  # stopped while it was written, which is before the file is touched
         if is_sealed(file.pread(0, min(len(SEAL), file.size))):

@@ -426,8 +426,10 @@ def test_sharded_weights_are_read_and_their_shards_stay_beside_them(tmp_path):
             bnport.read(path)
     with open(path, "w") as file:
         file.write(text)
-    with pytest.raises(FormatError, match="not written"):
+    with pytest.raises(FormatError, match="not written; save the target in one file"):
         rewritten(path, tmp_path / "b.weights.json", {})
+    with pytest.raises(FormatError, match="not written; save the target in one file"):
+        bnport.convert(nested(), path, in_place=True, map={n: n for n in layers})
 
 
 # ---- legacy: frozen layers, split attributes, Keras 1, backslashes

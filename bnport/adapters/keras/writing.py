@@ -34,26 +34,30 @@ class _Plan:
 
 def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
     """Fill the new empty file `out` with a copy of the contents' file and the changes."""
+    _refuse_shards(contents)
     plan = _planned(contents, changes)
     if contents.kind == "keras":
         _write_archive(contents, plan, out)
-    elif contents.kind == "shards":
-        raise FormatError(
-            f"{printable(contents.path)}: weights in shards are read, not written; save the model in one file"
-        )
     else:
         _write_hdf5(contents, plan, out)
 
 
+def _refuse_shards(contents: Contents) -> None:
+    if contents.kind == "shards":
+        raise FormatError(
+            f"{printable(contents.path)}: weights in shards are read, not written; save the target in one file"
+            " (model.save_weights without max_shard_size, or model.save)"
+        )
+
+
 def patches(contents: Contents, changes: Mapping[str, Change]) -> list[Patch]:
     """The changes as bytes at offsets of the contents' file, which keeps its length; InvalidValue if they are more."""
+    _refuse_shards(contents)
     plan = _planned(contents, changes)
     shown = printable(contents.path)
-    found = _patches(plan) if contents.kind != "shards" else None
+    found = _patches(plan)
     if found is None or (plan.settings and contents.kind != "keras"):
-        what = (
-            "its arrays are compressed, in shards or in headers" if found is None else "epsilon is inside an attribute"
-        )
+        what = "its arrays are compressed or in headers" if found is None else "epsilon is inside an attribute"
         raise InvalidValue(f"{shown}: cannot be changed in place ({what}); make a new file (-o)")
     if contents.kind != "keras":
         return found
