@@ -27,7 +27,9 @@ def test_every_command_has_help_with_examples(capsys):
         with pytest.raises(SystemExit) as done:
             main([command, "--help"])
         assert done.value.code == 0
-        assert "examples:" in capsys.readouterr().out, command
+        said = capsys.readouterr().out
+        assert "examples:" in said, command
+        assert "--json" in said, command
 
 
 def test_every_option_of_an_adapter_can_be_given_on_the_command_line():
@@ -252,6 +254,13 @@ def test_records_go_out_and_come_back(tmp_path, capsys):
     assert main(["convert", str(records), TWIN, "-o", str(out)]) == 0
     assert main(["verify", PTH, str(out)]) == 0
     assert "exact" in capsys.readouterr().out
+
+
+def test_one_format_as_json_is_json(capsys):
+    assert main(["formats", "torch", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert ".pth" in said["files"]
+    assert "running_var" in said["conventions"]
 
 
 def test_formats_lists_every_adapter_and_prints_its_table(capsys):

@@ -8,6 +8,7 @@ from bnport.cli import common
 
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
 HELP = "The formats that bnport reads and writes; with a name, that framework's conventions."
 
@@ -27,11 +28,11 @@ def run(args: argparse.Namespace) -> int:
     from bnport import adapters
     from bnport.report import table
 
-    if args.name:
-        print((adapters.load(args.name).__doc__ or "").strip())
+    found = {name: adapters.load(name) for name in ([args.name] if args.name else adapters.names())}
+    if args.name and not args.json:
+        print((found[args.name].__doc__ or "").strip())
         return 0
-    found = {name: adapters.load(name) for name in adapters.names()}
-    described = {
+    described: dict[str, Any] = {
         name: {
             "files": list(adapter.SUFFIXES),
             "live objects of": list(adapter.PACKAGES),
@@ -42,15 +43,17 @@ def run(args: argparse.Namespace) -> int:
         for name, adapter in found.items()
     }
     if args.json:
+        if args.name:
+            described = {**described[args.name], "conventions": (found[args.name].__doc__ or "").strip()}
         common.print_json(described)
         return 0
     rows = [
         (
             name,
-            " ".join(map(str, values["files"])),  # type: ignore[call-overload]
-            " ".join(values["live objects of"]),  # type: ignore[arg-type]
+            " ".join(map(str, values["files"])),
+            " ".join(values["live objects of"]),
             "yes" if values["writes files"] else "no",
-            " ".join(values["options"]),  # type: ignore[arg-type]
+            " ".join(values["options"]),
         )
         for name, values in described.items()
     ]

@@ -111,16 +111,16 @@ class Match:
         ]
         if len(self.mismatched) > 8:
             parts.append(f"and {len(self.mismatched) - 8} more of other channel counts")
-        parts += [
-            f"ambiguous: {listed(g.targets)} of {target} could be {listed(g.sources)} of {source} ({g.why})"
-            for g in self.ambiguous[:8]
-        ]
-        if len(self.ambiguous) > 8:
-            parts.append(f"and {len(self.ambiguous) - 8} more ambiguous groups")
         if self.missing:
             parts.append(f"missing from {source}: {listed(self.missing)} of {target}")
         if self.unexpected:
             parts.append(f"unexpected, not in {target}: {listed(self.unexpected)} of {source}")
+        parts += [
+            f"ambiguous: {listed(g.targets)} of {target} could be {listed(g.sources)} of {source} ({g.why})"
+            for g in self.ambiguous[:5]
+        ]
+        if len(self.ambiguous) > 5:
+            parts.append(f"and {len(self.ambiguous) - 5} more ambiguous groups")
         if not parts:
             return ""
         if self.guessed:
