@@ -91,7 +91,7 @@ def convert(
 
     digests = {p: Digest(p) for p in paths(source)}  # computed while everything else goes on
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_some(target, epsilon=target_epsilon, **(target_options or {}))
+    targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     match.raise_if_bad()
     changes, notes = plan(sources, targets, match.pairs, fields=fields, momentum=momentum)
@@ -171,7 +171,7 @@ def verify(
     Raises NotFound or MatchError where the two cannot be compared; a difference is not an error but `report.ok == False`.
     """
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_some(target, epsilon=target_epsilon, **(target_options or {}))
+    targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     match.raise_if_bad()
     layers = compare(sources, targets, match.pairs)

@@ -36,7 +36,7 @@ def explain(
     compared. `explanation.same` says that nothing differs; `print(explanation)` names mistakes, evidence and repairs.
     """
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_some(ported, epsilon=target_epsilon, **(target_options or {}))
+    targets = adapters.read_target(ported, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     match.raise_if_bad()
     live = not isinstance(ported, str | os.PathLike)

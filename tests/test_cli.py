@@ -399,3 +399,29 @@ def test_source_and_target_in_the_wrong_order_are_asked_about(tmp_path, capsys):
     assert "wrong way" not in capsys.readouterr().err
     assert main(["convert", PTH, TWIN]) == 2
     assert "-o OUT" in capsys.readouterr().err
+
+
+def test_what_is_asked_about_a_target_names_the_options_of_the_target(tmp_path, capsys):
+    import keras
+
+    model = keras.Sequential([keras.Input((4, 4, 16)), keras.layers.BatchNormalization(scale=False, name="bn1")])
+    target, out = str(tmp_path / "target.weights.h5"), str(tmp_path / "out.weights.h5")
+    model.save_weights(target)
+    state = {f"bn1.{name}": torch.full((16,), value) for name, value in (("running_mean", 1.5), ("running_var", 2.0))}
+    source = str(tmp_path / "source.pth")
+    torch.save({**state, "bn1.bias": torch.ones(16)}, source)
+    for command in (["convert", source, target, "-o", out], ["verify", source, target], ["map", source, target]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "say --target-option absent=gamma or --target-option absent=beta" in said
+        assert "--absent" not in said
+    assert main(["convert", source, target, "-o", out, "--target-option", "absent=bn1=gamma"]) == 0
+    model.load_weights(out)
+    assert model.get_layer("bn1").get_weights()[1].tolist() == [1.5] * 16
+    nested, source = str(tmp_path / "two.pth"), PTH
+    torch.save({"a": torch.load(PTH), "b": torch.load(PTH)}, nested)
+    assert main(["verify", source, nested]) == 2
+    assert "choose one with --target-option key=a" in capsys.readouterr().err
+    assert main(["verify", source, nested, "--target-option", "key=b"]) == 0
+    assert main(["verify", source, TWIN, "--target-epsilon", "1e-3"]) == 2
+    assert "--target-epsilon is for sources" in capsys.readouterr().err

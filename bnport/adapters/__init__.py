@@ -11,7 +11,7 @@ import gc
 import os
 
 from bnport._lazy import TYPE_CHECKING, Protocol
-from bnport.errors import FormatError, InvalidValue, NotFound, OutputError, listed, printable
+from bnport.errors import BnportError, FormatError, InvalidValue, NotFound, OutputError, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -240,3 +240,17 @@ def read_some(source: Any, **options: Any) -> Layers:
         why = f" {' '.join(layers.notes)}" if layers.notes else ""
         raise NotFound(f"no BatchNorm found in {layers.source} ({layers.format}).{why}")
     return layers
+
+
+def read_target(target: Any, **options: Any) -> Layers:
+    """`read_some` of the second of two models: what an error says to answer with is said as the target's own option."""
+    import re
+
+    try:
+        return read_some(target, **options)
+    except BnportError as error:
+        said = re.sub(r"--(absent|key|stat|blob-order|prototxt) (?=\S)", r"--target-option \1=", str(error))
+        said = said.replace("--epsilon", "--target-epsilon")
+        if said == str(error):
+            raise
+        raise type(error)(said) from None

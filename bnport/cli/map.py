@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     sources = adapters.read_some(args.source, epsilon=args.epsilon, **common.source_options(args))
     pairing = common.pairing_options(args)
-    targets = adapters.read_some(args.target, epsilon=pairing["target_epsilon"], **pairing["target_options"])
+    targets = adapters.read_target(args.target, epsilon=pairing["target_epsilon"], **pairing["target_options"])
     found = match(sources, targets, map=pairing.get("map"), skip=pairing["skip"], only_under=pairing["only_under"])
     text = mapfile.text(found, sources, targets, args.out or "names.toml")
     if args.out is None:
