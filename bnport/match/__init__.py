@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING
 
-from bnport.errors import MatchError, printable
+from bnport.errors import InvalidValue, MatchError, printable
 from bnport.match.result import Ambiguity, Match, Mismatch
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def match(
     Raises MatchError for a map entry or pattern that names nothing, and for a source that a map asks for twice. All
     else that is wrong is in the Match; its `raise_if_bad` raises it.
     """
-    kept_s, kept_t, left_s, left_t = _leave_out(list(sources), list(targets), skip, only_under)
+    kept_s, kept_t, left_s, left_t = _leave_out(list(sources), list(targets), _checked(map, skip), only_under)
     from bnport.match import engine, names, patterns, questions
     from bnport.match.facts import facts
 
@@ -89,6 +89,21 @@ def match(
     return found
 
 
+def _checked(map: object, skip: object) -> list[str]:
+    """`skip` as a list; InvalidValue for a map or skip of another kind."""
+    from collections.abc import Iterable, Mapping
+
+    if map is not None and not isinstance(map, Mapping):
+        raise InvalidValue(
+            f"map: expected a mapping of target to source names, got {printable(repr(map), 60)}; a map file is read with"
+            " bnport.mapfile.read_map(path), whose pairs are for map= and whose skip is for skip="
+        )
+    patterns = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise InvalidValue(f"skip: expected names or patterns, got {printable(repr(skip), 60)}")
+    return patterns
+
+
 def _force(
     forced: dict[str, tuple[str, str]],
     mismatched: list[Mismatch],
@@ -115,7 +130,7 @@ def _leave_out(
         if not any(under):
             raise MatchError(f"--only-under {printable(only_under)}: no layer of either side is under that name")
         kept = [chosen or side for chosen, side in zip(under, kept, strict=True)]
-    for pattern in [skip] if isinstance(skip, str) else skip:
+    for pattern in skip:
         rest = [[n for n in side if n != pattern and not fnmatch.fnmatchcase(n, pattern)] for side in kept]
         if rest == kept:
             raise MatchError(f"--skip {printable(pattern)}: no layer of either side has that name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnport.errors import MatchError
+from bnport.errors import InvalidValue, MatchError
 from bnport.match import match
 from tests.match.making import chain, layer, layers
 
@@ -223,6 +223,13 @@ def test_only_under_takes_the_part_of_the_side_that_has_it():
 def test_an_option_that_names_no_layer_is_an_error(options):
     with pytest.raises(MatchError, match="no layer of either side"):
         match(chain(["a"]), chain(["x"]), **options)
+
+
+@pytest.mark.parametrize("options", [{"map": "names.toml"}, {"map": [("a", "a")]}, {"skip": None}, {"skip": [b"a"]}])
+def test_arguments_of_another_kind_are_refused_in_words(options):
+    with pytest.raises(InvalidValue, match=r"map: expected a mapping .*read_map|skip: expected names"):
+        match(layers(layer("a")), layers(layer("a")), **options)
+    assert match(layers(layer("a")), layers(layer("a"), layer("b")), skip=iter(["b"])).left_targets == ("b",)
 
 
 def test_a_map_overrules_names_and_the_rest_is_paired_by_evidence():

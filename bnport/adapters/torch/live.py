@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bnport.containers.tensor import Tensor
     from bnport.layer import Change, Kernel, Layer
 
-ABSENT = "no BatchNorm layer in it"
+ABSENT = "No BatchNorm layer in it"
 
 
 class LiveReader:
