@@ -98,8 +98,9 @@ def _checked(map: object, skip: object) -> list[str]:
             f"map: expected a mapping of target to source names, got {printable(repr(map), 60)}; a map file is read with"
             " bnport.mapfile.read_map(path), whose pairs are for map= and whose skip is for skip="
         )
-    patterns = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
-    if not all(isinstance(pattern, str) for pattern in patterns):
+    given = [skip] if isinstance(skip, str) or not isinstance(skip, Iterable) else list(skip)
+    patterns = [pattern for pattern in given if isinstance(pattern, str)]
+    if len(patterns) < len(given):
         raise InvalidValue(f"skip: expected names or patterns, got {printable(repr(skip), 60)}")
     return patterns
 
