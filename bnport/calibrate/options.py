@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
+from bnport.calibrate.folder import ImageFolder
 from bnport.errors import InvalidValue, NotFound, OutputError, listed, printable
 
 if TYPE_CHECKING:
@@ -33,6 +35,11 @@ def check_options(
         raise NotFound(f"{printable(path)}: no such file or folder")
     if images and not (path is not None and os.path.isdir(path)):
         raise InvalidValue(f"{listed(images)}: options for a folder of images, which the data are not")
+    known = [name for name, p in inspect.signature(ImageFolder).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    known.remove("batch_size")  # an argument of its own
+    unknown = [str(name) for name in images or () if name not in known]
+    if unknown:
+        raise InvalidValue(f"images: no option is called {listed(unknown)}; there are {listed(known, 12)}")
     given = [name for name, value in (("workers", workers), ("address", address)) if value is not None]
     if given and engine is None:
         raise InvalidValue(f"{listed(given)}: of an engine, and none is named; engine 'local' runs many processes here")

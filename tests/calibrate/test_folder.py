@@ -152,6 +152,8 @@ def test_an_array_of_bytes_for_a_model_that_does_not_take_them_is_said(name, pho
         ([], 3, {"scale": 1, "size": "24x32"}, r"size: expected \(height, width\).*'24x32'"),
         ([], 3, {"scale": 1, "size": (0, 32)}, r"size: expected \(height, width\)"),
         ([], 3, {"scale": 1, "loader": "dataset", "interpolation": "foo"}, "interpolation"),
+        ([], 3, {"scales": 1}, "images: no option is called scales; there are size, loader"),
+        ([], 3, {"scale": 1, "batch_size": 4}, "images: no option is called batch_size"),
     ],
 )
 def test_options_that_would_be_ignored_or_misread_are_refused(first, channels, images, message, photos):
