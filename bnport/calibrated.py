@@ -16,8 +16,9 @@ from bnport.calibrate.checkpoint import delete
 from bnport.calibrate.file import check_files, data_files
 from bnport.containers.files import TEMPORARY
 from bnport.convert import convert, pair
-from bnport.errors import InvalidValue, Unrepresentable, printable
+from bnport.errors import InvalidValue, Unrepresentable, listed, printable
 from bnport.layer import Layers
+from bnport.match.contents import digest
 from bnport.outcome import paths
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ def convert_calibrated(
     calibration = {
         "progress": progress, **(calibration or {}), "layers": list(chosen), "frozen": True, "keep_checkpoint": True
     }  # fmt: skip
+    other = _other_weights(sources, targets, chosen)
     started = _with_statistics(sources, stand_ins, "")
 
     def finish(result: Calibration) -> Report:
         found = {chosen[layer.name]: (layer.mean, layer.variance) for layer in result.layers}
-        completed = _with_statistics(sources, found, _said(result, data))
+        completed = _with_statistics(sources, found, _said(result, data), (*result.notes, *other))
         report = convert(completed, target, out, **pairing, force=force, progress=progress, **options)
         if report.ok:
             delete(calibration.get("resume"))
@@ -128,8 +130,35 @@ def _kept(layer: Layer) -> Callable[[], Mapping[str, Array]]:
     return lambda: arrays
 
 
-def _with_statistics(sources: Layers, statistics: Mapping[str, tuple[Array, Array]], note: str) -> Layers:
-    """The source's layers, those of `statistics` with these (mean, variance) in place of their own."""
+def _other_weights(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> list[str]:
+    """What to say where the weights before a target's layer are not, or may not be, the source's.
+
+    Only BatchNorm is ported, and the statistics are those of what the target's own weights make of the data. Which weights
+    are before a layer may be a guess; then they count only where none on one side is found on the other.
+    """
+    seen: dict[str, tuple[bytes, bytes, bool]] = {}
+    for target, source in pairs.items():
+        ours, theirs = sources[source].kernel, targets[target].kernel
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            continue
+        a, b = (digest(sources[source].channels, kernel) for kernel in (ours, theirs))
+        if a is not None and b is not None:
+            seen[target] = a, b, ours.guessed or theirs.guessed
+    none = {a for a, _, _ in seen.values()}.isdisjoint(b for _, b, _ in seen.values())
+    others = [name for name, (a, b, guessed) in seen.items() if a != b and (none or not guessed)]
+    unknown = [name for name in pairs if name not in seen]
+    end = "mean and variance are right for the target's own; if it is to compute what the source does, port them first"
+    return [
+        f"the weights before {listed(names, 3)} {what} the source's: {end}"
+        for names, what in ((others, "are not"), (unknown, "were not compared with"))
+        if names
+    ]
+
+
+def _with_statistics(
+    sources: Layers, statistics: Mapping[str, tuple[Array, Array]], note: str, more: Iterable[str] = ()
+) -> Layers:
+    """The source's layers, those of `statistics` with these (mean, variance) in place of their own, and notes on all."""
 
     def filled(layer: Layer) -> Layer:
         if layer.name not in statistics:
@@ -146,7 +175,10 @@ def _with_statistics(sources: Layers, statistics: Mapping[str, tuple[Array, Arra
         )
 
     return Layers(
-        (filled(layer) for layer in sources.values()), source=sources.source, format=sources.format, notes=sources.notes
+        (filled(layer) for layer in sources.values()),
+        source=sources.source,
+        format=sources.format,
+        notes=(*sources.notes, *more),
     )
 
 

@@ -86,6 +86,29 @@ def test_with_data_the_port_computes_what_torch_computes_on_the_whole_data_set(f
     np.testing.assert_allclose(outputs, np.load(folder / "outputs.npy"), atol=5e-4)
 
 
+def test_statistics_of_a_target_whose_weights_are_not_the_sources_are_said_to_be_its_own(folder, tmp_path, images):
+    """From an ONNX export, whose graph says which weights feed a layer; and from a pickled module, which does not."""
+    from bnport.calibrated import convert_calibrated
+
+    x = torch.from_numpy(images[:4].transpose(0, 3, 1, 2).copy())
+    net = torch.load(folder / "net.pt", weights_only=False)
+    exported = tmp_path / "net.onnx"
+    torch.onnx.export(
+        net, (x,), exported, dynamo=False, training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False
+    )
+    for number, (source, target, said) in enumerate(
+        (
+            (exported, folder / "twin.keras", ""),
+            (exported, DIGITS / "twin.keras", "the weights before bn1, bn2, bn3 are not the source's"),
+            (folder / "net.pt", folder / "twin.keras", "before bn1, bn2, bn3 were not compared with the source's"),
+        )
+    ):
+        report = convert_calibrated(source, target, tmp_path / f"{number}.keras", images)
+        notes = [note for note in report.notes if "the weights before" in note]
+        assert len(notes) == bool(said)
+        assert said in "".join(notes)
+
+
 def test_an_onnx_export_in_training_mode_is_refused_and_with_data_computes_what_torch_does(
     folder, tmp_path, images, capsys
 ):
@@ -166,7 +189,11 @@ def test_whatever_fails_a_live_model_is_as_it_was(folder, images, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("--layers bn1", "layers: the source decides"), ("--out other.keras", "not of"), ("--data x.npy --json", "not of")],
+    [
+        ("--layers bn1", "layers: the source decides"),
+        ("--out other.keras", "not of"),
+        ("--data x.npy --json", "not of"),
+    ],
 )
 def test_options_that_would_be_ignored_are_refused(words, message, folder, tmp_path, capsys):
     command = ["convert", str(folder / "net.pt"), str(folder / "twin.keras"), "-o", str(tmp_path / "o.keras")]
