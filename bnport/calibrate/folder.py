@@ -32,7 +32,16 @@ from typing import TYPE_CHECKING, Any
 from bnport._lazy import np
 from bnport.calibrate.decoding import PIXELS_LIMIT
 from bnport.calibrate.decoding import SUFFIXES as IMAGES
-from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, Question, listed, printable
+from bnport.errors import (
+    FormatError,
+    InvalidValue,
+    MissingDependency,
+    NotFound,
+    Question,
+    first_line,
+    listed,
+    printable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +176,7 @@ class ImageFolder:
         except Exception as error:
             if not type(error).__module__.startswith("tensorflow"):
                 raise
-            first = printable(str(error).splitlines()[0], 160)
+            first = printable(first_line(error), 160)
             raise FormatError(
                 f"{printable(self.path)}: an image of batch {number} is not decoded: {first}; loader load_img names it"
             ) from None

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
         inputs = data_files(args.path, args.output)
         check_output(args.output, force=args.force, inputs=inputs)
-    with common.Progress() as progress:
+    with common.Progress(args.json) as progress:
         found = image_statistics(
             args.path,
             _size(args.size),
