@@ -21,7 +21,7 @@ def pairs(state: Alignment) -> dict[int, int]:
     least shapes are read first; the others only if one of those is equal. Kernels of a single value (an initialiser of
     zeros or ones) tell nothing.
     """
-    sides = state.source.layers, state.target.layers
+    sides = state.source.by_contents, state.target.by_contents
     by_shape: dict[object, tuple[list[int], list[int]]] = {}
     for at, layers in enumerate(sides):
         for node, layer in enumerate(layers):

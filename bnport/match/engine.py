@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 class Side:
     """One of the two sets of layers, those that take part, by number."""
 
-    __slots__ = ("graph", "index", "layers", "names", "numbering", "tokens")
+    __slots__ = ("by_contents", "graph", "index", "layers", "names", "numbering", "tokens")
 
     def __init__(self, layers: Mapping[str, Layer], keep: Sequence[str]) -> None:
         self.names = list(keep)
         self.index = {name: i for i, name in enumerate(keep)}
-        self.layers = guesses.proved([layers[name] for name in keep])
+        chosen = [layers[name] for name in keep]
+        self.layers = guesses.proved(chosen)
+        self.by_contents = guesses.proved(chosen, stem_shows=True)  # with the kernels whose contents may be compared
         self.tokens = [names.tokens(name) for name in keep]
         self.numbering = names.numbering(self.names)
         self.graph = graphs.build(layers, self.index)

@@ -8,7 +8,8 @@ conv2), and with square kernels nothing in the file shows it. So a guess counts 
 1. if a guessed kernel of a module of the same kind fits no other way: what feeds another layer than it follows has as
    many inputs as that layer has channels, so one that has more or fewer inputs than outputs shows that such a module
    defines the kernel before the layer it feeds (modules of other kinds may not: a stem is often conv, bn where the
-   pre-activation blocks after it are not); and in a torch.nn.Sequential, which calls its children in their order;
+   pre-activation blocks after it are not, so the kernels of the fewest inputs show it for their own layer only, also where
+   a flat module holds them all); and in a torch.nn.Sequential, which calls its children in their order;
 2. for the channel counts of which both sides have the same kernels, each equally often;
 3. if the pairs that follow keep the order of definition, which is where the guess comes from: no layer is paired with
    one before the pair of a layer that is defined earlier.
@@ -32,26 +33,30 @@ def refuted(layers: Iterable[Layer]) -> bool:
     return any(layer.kernel is not None and layer.kernel.refuted for layer in layers)
 
 
-def proved(layers: Sequence[Layer]) -> list[Layer]:
+def proved(layers: Sequence[Layer], *, stem_shows: bool = False) -> list[Layer]:
     """The layers, without the guessed kernels of modules of which none shows that the guess is right there.
 
     Modules are of one kind if their BatchNorm layers and kernels have the same names in them, and they lie under the same
     child of the model, or under children that differ in numbers only (`layer1` and `layer2`). Where guesses are refuted
-    none counts, and all are kept, so that it is known.
+    none counts, and all are kept, so that it is known. `stem_shows`: whether the kernels of the fewest inputs show it for
+    others too, which is enough where the contents of all kernels are the same on both sides.
     """
     if refuted(layers) or not any(layer.kernel is not None and layer.kernel.guessed for layer in layers):
         return list(layers)
     held: dict[str, list[Layer]] = {}
     for layer in layers:
         held.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    stem = 0 if stem_shows else min((n for each in layers if (n := _inputs(each.kernel))), default=0)
     kinds = {parent: _kind(parent, inside) for parent, inside in held.items()}
     shown = {
         kinds[parent]
         for parent, inside in held.items()
-        if any(each.kernel is not None and each.kernel.guessed and _fits_only_here(each.kernel) for each in inside)
+        if any(_fits_only_here(each.kernel) and _inputs(each.kernel) > stem for each in inside)
     }
     return [
-        layer if _counts(layer) or kinds[layer.name.rpartition(".")[0]] in shown else layer.but(kernel=None)
+        layer
+        if _counts(layer) or _fits_only_here(layer.kernel) or kinds[layer.name.rpartition(".")[0]] in shown
+        else layer.but(kernel=None)
         for layer in layers
     ]
 
@@ -75,8 +80,16 @@ def _counts(layer: Layer) -> bool:
     return own.isdigit() and kernel.name.startswith(above) and beside.isdigit()
 
 
-def _fits_only_here(kernel: Kernel) -> bool:
-    """Whether its inputs are not as many as its outputs, however many groups a file that does not tell them may mean."""
+def _inputs(kernel: Kernel | None) -> int:
+    """How many inputs a guessed kernel has; 0 for what is none, or depthwise."""
+    plain = kernel is not None and kernel.guessed and kernel.kind != "depthwise" and len(kernel.shape) > 1
+    return kernel.shape[1] if kernel is not None and plain else 0
+
+
+def _fits_only_here(kernel: Kernel | None) -> bool:
+    """Whether a guessed kernel has not as many inputs as outputs, however many groups a file that tells none may mean."""
+    if kernel is None or not kernel.guessed:
+        return False
     if kernel.kind in ("depthwise", "grouped") or len(kernel.shape) < 2 or kernel.shape[1] == 1:
         return False
     outputs, inputs, *space = kernel.shape

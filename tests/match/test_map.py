@@ -91,8 +91,12 @@ def test_guesses_are_comments_and_certain_pairs_are_entries(tmp_path):
     def guessed(name, *shape):
         return layer(name, shape[0]).but(kernel=Kernel("conv", shape, f"{name}.conv", guessed=True))
 
-    sources = layers(*(guessed(f"s{i}", 4, 4, 3, 3) for i in (1, 0)), guessed("s2\x1b", 4, 3, 3, 3), layer("w", 5))
-    targets = layers(*(layer(f"x{i}", 4, (4, 4, 3, 3)) for i in range(2)), layer("y", 4, (4, 3, 3, 3)), layer("own", 5))
+    sources = layers(
+        *(guessed(f"s{i}", 4, 4, 3, 3) for i in (1, 0)), guessed("s2\x1b", 4, 3, 3, 3), guessed("w", 5, 4, 3, 3)
+    )
+    targets = layers(
+        *(layer(f"x{i}", 4, (4, 4, 3, 3)) for i in range(2)), layer("y", 4, (4, 3, 3, 3)), layer("own", 5, (5, 4, 3, 3))
+    )
     path = tmp_path / "names.toml"
     path.write_text(mapfile.text(match(sources, targets), sources, targets))
     assert mapfile.read_map(str(path)).pairs == {"own": "w"}

@@ -280,9 +280,9 @@ def test_guessed_kernels_that_contradict_the_order_they_come_from_do_not_decide(
 
 def test_in_a_refused_pairing_guesses_are_named_and_certain_pairs_are_not():
     target = [layer(f"x{i}", 4, (4, 4, 3, 3)) for i in range(2)]
-    target += [layer("y", 4, (4, 3, 3, 3)), layer("z", 4, (4, 4, 1, 1)), layer("own", 5)]
+    target += [layer("y", 4, (4, 3, 3, 3)), layer("z", 4, (4, 6, 1, 1)), layer("own", 5)]
     source = [guessed(f"s{i}", 4, (4, 4, 3, 3)) for i in (1, 0)]
-    source += [guessed("s2", 4, (4, 3, 3, 3)), guessed("s3", 4, (4, 4, 1, 1)), layer("other", 5)]
+    source += [guessed("s2", 4, (4, 3, 3, 3)), guessed("s3", 4, (4, 6, 1, 1)), layer("other", 5)]
     found = match(layers(*source), layers(*target))
     assert found.pairs == {"y": "s2", "z": "s3", "own": "other"}
     assert found.guessed == ("y", "z")  # not `own`: no other layer is as wide
@@ -356,6 +356,18 @@ def test_a_stem_does_not_prove_the_guesses_of_blocks_of_another_kind():
     shown = [each.but(kernel=each.kernel._replace(guessed=False)) for each in blocks]
     found = match(layers(guessed("bn", 8, (8, 3, 3, 3)), *shown, guessed("end.bn", 4, (4, 8, 1, 1))), targets)
     assert found.pairs["s"] == "bn"
+
+
+def test_a_stem_in_the_module_of_all_others_shows_nothing_for_them():
+    square = [(4, (4, 3, 3, 3)), (4, (4, 4, 3, 3)), (4, (4, 4, 5, 5))]
+    wider = [*square[:2], (6, (6, 4, 3, 3)), (6, (6, 6, 3, 3))]
+    for shapes, decided in ((square, False), (wider, True)):
+        source = [guessed(f"s{a}", *each) for a, each in zip("klmn", shapes, strict=False)]
+        target = [layer(f"x{a}", *each) for a, each in zip("wvut", shapes, strict=False)]
+        found = match(layers(*source), layers(*target))
+        assert found.ok == decided  # square kernels beside the stem may feed what is defined after them
+        if decided:
+            assert found.pairs == {"xw": "sk", "xv": "sl", "xu": "sm", "xt": "sn"}
 
 
 def test_guesses_in_a_sequential_need_no_proof():

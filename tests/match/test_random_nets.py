@@ -94,7 +94,7 @@ def test_a_random_network_in_a_file_that_is_sorted_by_name_is_paired_truly_or_no
 
 
 # found by searching: their pairings are refused, and some pair or candidate in them is wrong
-HARD = (202, 414, 2896, 3174, 3863, 4284, 10979, 14303, 16297, 16706, 17086, 18935, 19040)
+HARD = (414, 13084, 17086, 19040)
 
 
 @pytest.mark.parametrize("seed", HARD)
@@ -120,8 +120,17 @@ def test_who_answers_the_open_questions_of_a_map_file_keeps_no_wrong_pair(seed, 
     assert wrong == set() or (not found.ok and wrong <= set(found.guessed))
 
 
-def test_a_guessed_kernel_is_no_word():
-    assert outcome(14038)[0] != "wrong"  # a word that one candidate has only because a kernel was guessed for it
+@pytest.mark.parametrize(
+    "seed",
+    [
+        14038,  # a word that one candidate has only because a kernel was guessed for it
+        23239,  # a stem that shows for the pre-activation units beside it what it is not
+        *(202, 2896, 3174, 3863, 4284, 10979, 14303, 16297, 16706, 18935),  # were wrong in part
+    ],
+)
+def test_networks_that_were_paired_wrongly_are_not(seed):
+    found, _, wrong = outcome(seed)
+    assert (found, wrong) in (("asked", {}), ("true", {}))
 
 
 if __name__ == "__main__":  # python -m tests.match.test_random_nets FIRST LAST: any number of cases
