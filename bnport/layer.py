@@ -143,14 +143,24 @@ class Layers(dict[str, Layer]):
     source: a path or a description of the live object, for messages.
     format: the adapter's name ("torch", "keras", ...).
     notes:  what a user should know about the source as a whole.
+    ordered: whether their order is the source's own, of definition or of execution; False where a file is sorted by name.
     opened: what the adapter holds of the file, so that its `write` and `patches` need not open it again; else None.
     """
 
-    def __init__(self, layers: Iterable[Layer] = (), *, source: str, format: str, notes: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        layers: Iterable[Layer] = (),
+        *,
+        source: str,
+        format: str,
+        notes: Iterable[str] = (),
+        ordered: bool = True,
+    ) -> None:
         super().__init__((layer.name, layer) for layer in layers)
         self.source = source
         self.format = format
         self.notes = tuple(notes)
+        self.ordered = ordered
         self.opened: object = None
 
 

@@ -11,6 +11,7 @@ layers[].kernel, inputs        kernel, inputs   kind, shape and name of what fee
 layers[].untrained             untrained        true where the source said that the layer never saw a batch
 layers[].sha256                                 over the layer's arrays; checked whenever they are read
 checksum                                        over the description of all layers; checked when the file is opened
+ordered                        ordered          "no" where the source was sorted by name (Layers.ordered)
 source, source_sha256                           the file that the records were taken from
 
 The file is plain safetensors: every safetensors library reads the arrays. The lower part of the table is in its metadata
@@ -73,7 +74,8 @@ def read(source: str) -> Layers:
     origin = metadata.get("source", "")
     digest = metadata.get("source_sha256", "")
     notes = [f"records of {printable(origin)}" + (f" (sha256 {printable(digest, 80)})" if digest else "")]
-    return Layers(layers, source=source, format="records", notes=notes if origin else ())
+    ordered = metadata.get("ordered") != "no"
+    return Layers(layers, source=source, format="records", notes=notes if origin else (), ordered=ordered)
 
 
 def save(layers: Layers, out: str) -> None:
@@ -97,7 +99,7 @@ def write(target: str, changes: Mapping[str, Change], out: str) -> None:
     origin: dict[str, str] = {
         key: metadata[key] for key in ("source", "source_format", "source_sha256") if key in metadata
     }
-    _write(out, Layers(changed, source=target, format="records"), origin)
+    _write(out, Layers(changed, source=target, format="records", ordered=layers.ordered), origin)
 
 
 def _changed(layer: Layer, change: Change) -> Layer:
@@ -127,7 +129,8 @@ def _write(out: str, layers: Layers, origin: Mapping[str, str]) -> None:
         tensors.update({f"{name}.{field}": array for field, array in arrays.items()})
         entries.append(_described(layer, {field: _bytes(array) for field, array in arrays.items()}))
     text = json.dumps(entries, separators=(",", ":"), allow_nan=False)
-    metadata = {"format": "bnport", "version": VERSION, **origin, "layers": text}
+    order = {} if layers.ordered else {"ordered": "no"}
+    metadata = {"format": "bnport", "version": VERSION, **origin, **order, "layers": text}
     write_safetensors(out, tensors, {**metadata, "checksum": _checksum(metadata)})
 
 

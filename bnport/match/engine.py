@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Side:
     """One of the two sets of layers, those that take part, by number."""
 
-    __slots__ = ("by_contents", "graph", "index", "layers", "names", "numbering", "tokens")
+    __slots__ = ("by_contents", "graph", "index", "layers", "names", "numbering", "ordered", "tokens")
 
     def __init__(self, layers: Mapping[str, Layer], keep: Sequence[str]) -> None:
         self.names = list(keep)
@@ -34,6 +34,7 @@ class Side:
         self.tokens = [names.tokens(name) for name in keep]
         self.numbering = names.numbering(self.names)
         self.graph = graphs.build(layers, self.index)
+        self.ordered = getattr(layers, "ordered", True)
 
     def intervals(self, members: Sequence[int]) -> tuple[list[int], list[int]]:
         """The range of ranks of each member, by the graph if it is known, else by numbers in names."""
@@ -338,9 +339,10 @@ def align(source: Side, target: Side, forced: Mapping[str, tuple[str, str]], fir
     """
     given = {target.index[t]: (source.index[s], why) for t, (s, why) in forced.items()}
     held = {t: pair for t, pair in given.items() if target.names[t] in firm}
-    ordered = not guesses.refuted(source.layers) and not guesses.refuted(target.layers)
-    state = aligned(source, target, given, held, guesses=ordered, ordered=ordered)
-    if ordered and guesses.contradicted(state):
+    agreed = not guesses.refuted(source.layers) and not guesses.refuted(target.layers)
+    ordered = agreed and source.ordered and target.ordered
+    state = aligned(source, target, given, held, guesses=agreed, ordered=ordered)
+    if agreed and guesses.contradicted(state):
         state = aligned(source, target, given, held, guesses=False, ordered=False)
     for part in state.parts():
         ties.same_numbers(state, part)

@@ -77,7 +77,7 @@ def _counts(layer: Layer) -> bool:
     parent, _, own = layer.name.rpartition(".")
     above = f"{parent}." if parent else ""
     beside = kernel.name.removeprefix(above).partition(".")[0]  # the kernel itself, or a module that ends with it
-    return own.isdigit() and kernel.name.startswith(above) and beside.isdigit()
+    return own.isdecimal() and kernel.name.startswith(above) and beside.isdecimal() and int(beside) < int(own)
 
 
 def _inputs(kernel: Kernel | None) -> int:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from bnport import adapters
 from bnport.adapters import records
 from bnport.errors import BnportError, FormatError, InvalidValue
-from bnport.layer import Kernel, Layer, Layers
+from bnport.layer import Change, Kernel, Layer, Layers
 from tests.adapters.contract import FileContract, telling_record
 
 THEIRS = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "variance": "running_var"}
@@ -260,3 +260,18 @@ def test_an_assumed_epsilon_stays_assumed_until_somebody_says_it(tmp_path):
     bnport.save_records(DIGITS / "digits.pth", tmp_path / "b.safetensors", epsilon=1e-3)
     told = records.read(str(tmp_path / "b.safetensors"))
     assert {(layer.epsilon, layer.assumed) for layer in told.values()} == {(1e-3, frozenset())}
+
+
+def test_that_the_source_was_sorted_by_name_is_kept(tmp_path):
+    from safetensors.torch import save_file
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    for path, ordered in (("net.pth", True), ("net.safetensors", False)):
+        (torch.save if ordered else save_file)(net.state_dict(), str(tmp_path / path))
+        layers = adapters.read(str(tmp_path / path))
+        assert layers.ordered is ordered
+        records.save(layers, str(tmp_path / "records.safetensors"))
+        assert records.read(str(tmp_path / "records.safetensors")).ordered is ordered
+        change = Change(layers["1"].record, frozenset(("gamma",)))
+        records.write(str(tmp_path / "records.safetensors"), {"1": change}, str(tmp_path / "changed.safetensors"))
+        assert records.read(str(tmp_path / "changed.safetensors")).ordered is ordered

@@ -26,6 +26,7 @@ class Unit(NamedTuple):
     """A convolution and the BatchNorm after it (or before it, in a pre-activation net), and where they are.
 
     net, block, branch, place count from 0, in the order in which units are called; number counts in the whole net.
+    pre: whether the BatchNorm comes before the convolution.
     """
 
     net: int
@@ -35,6 +36,7 @@ class Unit(NamedTuple):
     number: int
     of_block: int  # how many branches its block has
     shortcut: bool
+    pre: bool = False
 
 
 class Plan(NamedTuple):
@@ -73,7 +75,7 @@ def _planned(chance, plan, net):
 
     def unit(value, inputs, outputs, block, branch, place, branches, size, shortcut=False, pre=pre):
         nonlocal number
-        made = Unit(net, block, branch, place, number, branches, shortcut)
+        made = Unit(net, block, branch, place, number, branches, shortcut, pre)
         number += 1
         units.append(made)
         if pre:
@@ -172,9 +174,9 @@ def nested(unit, side, words):
 
 
 def like_torchvision(unit, side, words):
-    """layer1.conv1, layer1.bn1 ... and layer1.downsample.0, layer1.downsample.1."""
+    """layer1.conv1, layer1.bn1 ... and layer1.downsample.0, layer1.downsample.1, which are called in that order."""
     if unit.shortcut:
-        return f"layer{unit.block}.downsample.0", f"layer{unit.block}.downsample.1"
+        return tuple(f"layer{unit.block}.downsample.{number}" for number in ((1, 0) if unit.pre else (0, 1)))
     branch = f"branch{unit.branch}." if unit.of_block > 1 and unit.branch else ""
     return tuple(f"layer{unit.block}.{branch}{what}{unit.place + 1}" for what in ("conv", "bn"))
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.containers.patch import Patch
+    from bnport.containers.tensor import Tensor
     from bnport.layer import Change, Layer
 
 SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".tar", ".jit", ".safetensors", ".json")
@@ -186,25 +187,36 @@ def _opened(file: ReadFile) -> Checkpoint | Layers:
 
 
 def _read_safetensors(path: str, inplace_abn: bool | None, epsilon: float | None) -> Layers:
-    from bnport.adapters.torch.order import as_defined
-    from bnport.adapters.torch.state import layers_of_state
     from bnport.containers.safetensors import open_safetensors
 
     tensors, metadata = open_safetensors(path)
     if metadata.get("format") == "bnport":
         raise FormatError(f"{printable(path)}: is bnport's own record file, not a PyTorch model")
-    layers, notes = layers_of_state(as_defined(tensors), {}, printable(path), inplace_abn, epsilon)
-    return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
+    return _layers_of(path, tensors, {}, inplace_abn, epsilon)
 
 
 def _read_index(path: str, inplace_abn: bool | None, epsilon: float | None) -> Layers:
-    from bnport.adapters.torch.order import as_defined
     from bnport.adapters.torch.shards import tensors_of_index
-    from bnport.adapters.torch.state import layers_of_state
 
     tensors, versions = tensors_of_index(path, _opened)
-    layers, notes = layers_of_state(as_defined(tensors), versions, printable(path), inplace_abn, epsilon)
-    return Layers(layers, source=path, format="torch", notes=notes if layers else [*notes, _NONE_FOUND])
+    return _layers_of(path, tensors, versions, inplace_abn, epsilon)
+
+
+def _layers_of(
+    path: str,
+    tensors: Mapping[str, Tensor],
+    versions: Mapping[str, int],
+    inplace_abn: bool | None,
+    epsilon: float | None,
+) -> Layers:
+    """The layers of tensors that may be sorted by name."""
+    from bnport.adapters.torch.order import as_defined
+    from bnport.adapters.torch.state import layers_of_state
+
+    defined, ordered = as_defined(tensors)
+    layers, notes = layers_of_state(defined, versions, printable(path), inplace_abn, epsilon)
+    notes = notes if layers else [*notes, _NONE_FOUND]
+    return Layers(layers, source=path, format="torch", notes=notes, ordered=ordered)
 
 
 def write(

@@ -1,6 +1,7 @@
 """The likely order of definition of a state dict that was sorted by name, as safetensors files are.
 
-It is used as the order in a .pth file is, which may be any order too: as a hint that has to prove itself (bnport.match).
+It tells which kernel may belong to which layer, which has to prove itself (bnport.match); that one layer comes before
+another it does not tell: `Layers.ordered` is False then.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ def is_sorted(tensors: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def as_defined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the order in which their modules were probably defined, if they are sorted by name.
+def as_defined(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The tensors in the order in which their modules were defined, and whether it is that: else it is the likely one.
 
-    Children of a module go by the numbers in their names (conv1, bn1, layer1, conv2; those without numbers last), then
-    kernels, BatchNorms, others, then by name.
+    If they are sorted by name, children of a module go by the numbers in their names (conv1, bn1, layer1, conv2; those
+    without numbers last), then kernels, BatchNorms, others, then by name.
     """
     if not is_sorted(tensors):
-        return dict(tensors)
+        return dict(tensors), True
     kinds: dict[str, int] = {}
     held: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -53,4 +54,4 @@ def as_defined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             keys[path] = (*key(parent), (not numbers, numbers, kinds.get(path, 2), own))
         return keys[path]
 
-    return {name: tensors[name] for module in sorted(held, key=key) for name in held[module]}
+    return {name: tensors[name] for module in sorted(held, key=key) for name in held[module]}, False
