@@ -69,6 +69,8 @@ def convert_calibrated(
         adapters.check_suffix(out, os.fspath(target))
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_some(target)
+    if out is not None and not live:
+        check_files(os.fspath(out), force, [*sources.files, *targets.files], (calibration or {}).get("resume"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     match.raise_if_bad()
     chosen = {t: s for t, s in match.pairs.items() if sources[s].without} or dict(match.pairs)

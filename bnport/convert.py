@@ -92,6 +92,9 @@ def convert(
     digests = {p: Digest(p) for p in paths(source)}  # computed while everything else goes on
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
+    if destination is not None and not dry_run and not in_place:
+        check_output(destination, force=force, inputs=[*sources.files, *targets.files])
+    digests |= {p: Digest(p) for p in sources.files}
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     match.raise_if_bad()
     changes, notes = plan(sources, targets, match.pairs, fields=fields, momentum=momentum)
@@ -189,7 +192,7 @@ def verify(
     else:
         not_run.append("the real layers (--run does)")
     notes = said(sources, targets, match.pairs)
-    digests = {p: sha256(p) for p in paths(source, target)}
+    digests = {p: sha256(p) for p in (*paths(source, target), *sources.files, *targets.files)}
     return Report(
         source=sources.source,
         target=targets.source,
@@ -213,7 +216,7 @@ def save_records(
     sources = adapters.read_some(source, epsilon=epsilon, **(options or {}))
     destination = os.fspath(out)
     records: Any = adapters.load("records")
-    inputs = paths(source)
+    inputs = [*paths(source), *sources.files]
     check_output(destination, force=force, inputs=inputs)
     layers: list[dict[str, LayerReport]] = []
 

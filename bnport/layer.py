@@ -144,6 +144,7 @@ class Layers(dict[str, Layer]):
     format: the adapter's name ("torch", "keras", ...).
     notes:  what a user should know about the source as a whole.
     ordered: whether their order is the source's own, of definition or of execution; False where a file is sorted by name.
+    files:  paths of the other files that belong to it (the parts of a set, external data); no output may replace one.
     opened: what the adapter holds of the file, so that its `write` and `patches` need not open it again; else None.
     """
 
@@ -155,12 +156,14 @@ class Layers(dict[str, Layer]):
         format: str,
         notes: Iterable[str] = (),
         ordered: bool = True,
+        files: Iterable[str] = (),
     ) -> None:
         super().__init__((layer.name, layer) for layer in layers)
         self.source = source
         self.format = format
         self.notes = tuple(notes)
         self.ordered = ordered
+        self.files = tuple(files)
         self.opened: object = None
 
 

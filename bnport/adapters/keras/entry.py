@@ -136,6 +136,7 @@ class Contents:
     def __init__(self, path: str, kind: str, entries: list[Entry], *, holds_epsilon: bool, notes: tuple[str, ...] = ()):
         self.path, self.kind, self.entries, self.holds_epsilon, self.notes = path, kind, entries, holds_epsilon, notes
         self.extra: dict[str, Any] = {}
+        self.files: tuple[str, ...] = ()  # the other files that it lies in
         names = [entry.name for entry in entries]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -144,7 +145,7 @@ class Contents:
     def layers(self) -> Layers:
         """The Layers of the file."""
         found = [entry.layer(holds_epsilon=self.holds_epsilon) for entry in self.entries]
-        layers = Layers(found, source=self.path, format="keras", notes=self.notes)
+        layers = Layers(found, source=self.path, format="keras", notes=self.notes, files=self.files)
         layers.opened = self
         return layers
 

@@ -55,9 +55,11 @@ def _sharded(file: ReadFile, absent: Absent | None) -> Contents:
             raise FormatError(f"{shown}: the shard {printable(name)} is a symbolic link; bnport does not follow it")
         opened.append(H5(ReadFile(path)))
     found, notes = scan(_Shards(opened), shown, absent)
-    return Contents(
+    contents = Contents(
         file.path, "shards", [_entry(each, shown) for each in found], holds_epsilon=False, notes=tuple(notes)
     )
+    contents.files = tuple(os.path.join(folder, name) for name in names)
+    return contents
 
 
 class _Shards(Store):

@@ -88,7 +88,8 @@ def read(source: Any, *, folder: str | None = None, stat: str | None = None) -> 
             f"{len(found.foreign)} BatchNormalization nodes of the domain {printable(shown.domain)!r}, which is not"
             f" ONNX's own, were left out ({printable(shown.shown)}, ...)."
         )
-    return Layers(listed, source=opened.source, format="onnx", notes=notes)
+    files = opened.graph.files(opened.folder) if opened.folder is not None else []
+    return Layers(listed, source=opened.source, format="onnx", notes=notes, files=files)
 
 
 def _open(source: Any, folder: str | None = None) -> Model:

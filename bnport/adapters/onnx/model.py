@@ -6,7 +6,7 @@ Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple
-from bnport.adapters.onnx.tensors import Stored
+from bnport.adapters.onnx.tensors import EXTERNAL, Stored
 from bnport.containers.files import ReadFile
 from bnport.containers.protobuf import FIXED32, LENGTH, VARINT, Buffer, Numbers, fields, signed, varints
 from bnport.errors import FormatError, InvalidValue, printable
@@ -240,6 +240,14 @@ class Graph:
         self._initializers[name] = place
         if len(self._initializers) > MOST_NODES:
             raise self.place.buffer.error(self.place.span[0], f"more than {MOST_NODES} initializers")
+
+    def files(self, folder: str) -> list[str]:
+        """The files in `folder` in which initializers of a model file lie, as external data."""
+        found = {}
+        for stored in self._stored.values():
+            if stored.location == EXTERNAL and stored.external.get("location") not in found:
+                found[stored.external.get("location")] = stored.file(folder)
+        return [path for path in found.values() if path is not None]
 
     @property
     def names(self) -> KeysView[str]:

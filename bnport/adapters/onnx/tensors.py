@@ -192,6 +192,14 @@ class Stored:
         self._check(held, nbytes)
         return Tensor(self.shown, self.dtype, self.shape, lambda: file.pread(start, nbytes, self.shown))
 
+    def file(self, folder: str) -> str | None:
+        """The file of external data in `folder`; None if there is none, or none that is read."""
+        try:
+            path = self._inside(folder, self.external.get("location", ""))
+        except FormatError:
+            return None
+        return path if os.path.isfile(path) else None
+
     def _number(self, key: str) -> int | None:
         text = self.external.get(key)
         if text is None:

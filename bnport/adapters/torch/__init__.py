@@ -40,7 +40,7 @@ from bnport.errors import BnportError, FormatError, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
@@ -198,8 +198,8 @@ def _read_safetensors(path: str, inplace_abn: bool | None, epsilon: float | None
 def _read_index(path: str, inplace_abn: bool | None, epsilon: float | None) -> Layers:
     from bnport.adapters.torch.shards import tensors_of_index
 
-    tensors, versions = tensors_of_index(path, _opened)
-    return _layers_of(path, tensors, versions, inplace_abn, epsilon)
+    tensors, versions, parts = tensors_of_index(path, _opened)
+    return _layers_of(path, tensors, versions, inplace_abn, epsilon, parts)
 
 
 def _layers_of(
@@ -208,15 +208,16 @@ def _layers_of(
     versions: Mapping[str, int],
     inplace_abn: bool | None,
     epsilon: float | None,
+    parts: Iterable[str] = (),
 ) -> Layers:
-    """The layers of tensors that may be sorted by name."""
+    """The layers of tensors that may be sorted by name; `parts`: the files that they lie in, where that is not `path`."""
     from bnport.adapters.torch.order import as_defined
     from bnport.adapters.torch.state import layers_of_state
 
     defined, ordered = as_defined(tensors)
     layers, notes = layers_of_state(defined, versions, printable(path), inplace_abn, epsilon)
     notes = notes if layers else [*notes, _NONE_FOUND]
-    return Layers(layers, source=path, format="torch", notes=notes, ordered=ordered)
+    return Layers(layers, source=path, format="torch", notes=notes, ordered=ordered, files=parts)
 
 
 def write(

@@ -51,8 +51,8 @@ def refuse_index(path: str) -> None:
 
 def tensors_of_index(
     path: str, opened: Callable[[ReadFile], Checkpoint | Layers]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The tensors that an index lists, in the order of the parts, and torch's module versions.
+) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
+    """The tensors that an index lists, in the order of the parts, torch's module versions, and the paths of the parts.
 
     `opened` opens a part of torch.save. Raises FormatError for a part that is no plain name or not there, and for a tensor
     that is not in the part that should hold it.
@@ -60,14 +60,15 @@ def tensors_of_index(
     places = _weight_map(path)
     tensors: dict[str, Tensor] = {}
     versions: dict[str, int] = {}
-    for part in sorted(set(places.values())):
-        held, more = _part(os.path.join(os.path.dirname(path), part), opened)
+    parts = {part: os.path.join(os.path.dirname(path), part) for part in sorted(set(places.values()))}
+    for part, where in parts.items():
+        held, more = _part(where, opened)
         tensors.update((name, tensor) for name, tensor in held.items() if places.get(name) == part)
         versions.update(more)
     missing = next((name for name in places if name not in tensors), None)
     if missing is not None:
         raise FormatError(f"{printable(path)}: {printable(missing)!r} is not in {printable(places[missing])}")
-    return tensors, versions
+    return tensors, versions, list(parts.values())
 
 
 def _weight_map(path: str) -> dict[str, str]:
