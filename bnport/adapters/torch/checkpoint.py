@@ -109,7 +109,8 @@ class MemberStorage(Storage):
 
     def __init__(self, archive: Archive, name: str, dtype: str, count: int, order: bytes = b"little") -> None:
         self.dtype, self.count = dtype, count
-        self._archive, self._name, self._order, self._checked = archive, name, order, False
+        self._archive, self._order, self._checked = archive, order, False
+        self._name = archive.member(name).name if name in archive else name  # the archive's own text, kept once
 
     def read(self, start: int, length: int) -> bytes:
         """`length` bytes from `start` on, little-endian."""
