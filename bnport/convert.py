@@ -14,7 +14,7 @@ from bnport import adapters
 from bnport.containers.files import Digest, check_output, replace_file, sha256
 from bnport.containers.in_place import change, check_changeable
 from bnport.engines import engine_of, run_layers
-from bnport.errors import InvalidValue, printable
+from bnport.errors import FormatError, InvalidValue, printable
 from bnport.layer import Change, Layers
 from bnport.outcome import Outcome, assumed, left, path_of, paths, said, with_evidence
 from bnport.plan import WRITABLE, chosen, plan
@@ -92,6 +92,8 @@ def convert(
     digests = {p: Digest(p) for p in paths(source)}  # computed while everything else goes on
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
+    if targets.read_only:
+        raise FormatError(targets.read_only)
     if destination is not None and not dry_run and not in_place:
         check_output(destination, force=force, inputs=[*sources.files, *targets.files])
     digests |= {p: Digest(p) for p in sources.files}

@@ -145,6 +145,7 @@ class Layers(dict[str, Layer]):
     notes:  what a user should know about the source as a whole.
     ordered: whether their order is the source's own, of definition or of execution; False where a file is sorted by name.
     files:  paths of the other files that belong to it (the parts of a set, external data); no output may replace one.
+    read_only: why the file cannot be written to, as a target; "" where it can.
     opened: what the adapter holds of the file, so that its `write` and `patches` need not open it again; else None.
     """
 
@@ -164,6 +165,7 @@ class Layers(dict[str, Layer]):
         self.notes = tuple(notes)
         self.ordered = ordered
         self.files = tuple(files)
+        self.read_only = ""
         self.opened: object = None
 
 

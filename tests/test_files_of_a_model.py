@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 import bnport
-from bnport.errors import OutputError
+from bnport.errors import FormatError, OutputError
 
 
 def network():
@@ -98,3 +98,15 @@ def test_a_location_outside_the_folder_is_not_looked_at(tmp_path):
     model.graph.initializer.append(extra)
     (tmp_path / "model" / name).write_bytes(model.SerializeToString())
     assert bnport.read(tmp_path / "model" / name).files == (str(tmp_path / "model" / "m.onnx.data"),)
+
+
+@pytest.mark.parametrize("made", [torch_index, keras_shards])
+@pytest.mark.parametrize("how", [{"dry_run": True}, {"in_place": True}, {"out": "out"}])
+def test_a_set_of_files_is_not_written_and_a_dry_run_says_so(made, how, tmp_path):
+    model, others = made(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in (model, *others)}
+    torch.save(network().state_dict(), tmp_path / "source.pth")
+    where = {"out": tmp_path / f"out{model[model.index('.') :]}"} if "out" in how else how
+    with pytest.raises(FormatError, match="read, not written; save"):
+        bnport.convert(tmp_path / "source.pth", tmp_path / model, **where)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "source.pth"} == before

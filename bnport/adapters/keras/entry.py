@@ -137,6 +137,7 @@ class Contents:
         self.path, self.kind, self.entries, self.holds_epsilon, self.notes = path, kind, entries, holds_epsilon, notes
         self.extra: dict[str, Any] = {}
         self.files: tuple[str, ...] = ()  # the other files that it lies in
+        self.read_only = ""  # why it cannot be written
         names = [entry.name for entry in entries]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -146,7 +147,7 @@ class Contents:
         """The Layers of the file."""
         found = [entry.layer(holds_epsilon=self.holds_epsilon) for entry in self.entries]
         layers = Layers(found, source=self.path, format="keras", notes=self.notes, files=self.files)
-        layers.opened = self
+        layers.opened, layers.read_only = self, self.read_only
         return layers
 
     def entry(self, name: str) -> Entry:

@@ -59,6 +59,10 @@ def _sharded(file: ReadFile, absent: Absent | None) -> Contents:
         file.path, "shards", [_entry(each, shown) for each in found], holds_epsilon=False, notes=tuple(notes)
     )
     contents.files = tuple(os.path.join(folder, name) for name in names)
+    contents.read_only = (
+        f"{shown}: weights in shards are read, not written; save the target in one file (model.save_weights without"
+        " max_shard_size, or model.save)"
+    )
     return contents
 
 

@@ -34,7 +34,8 @@ class _Plan:
 
 def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
     """Fill the new empty file `out` with a copy of the contents' file and the changes."""
-    _refuse_shards(contents)
+    if contents.read_only:
+        raise FormatError(contents.read_only)
     plan = _planned(contents, changes)
     if contents.kind == "keras":
         _write_archive(contents, plan, out)
@@ -42,17 +43,10 @@ def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
         _write_hdf5(contents, plan, out)
 
 
-def _refuse_shards(contents: Contents) -> None:
-    if contents.kind == "shards":
-        raise FormatError(
-            f"{printable(contents.path)}: weights in shards are read, not written; save the target in one file"
-            " (model.save_weights without max_shard_size, or model.save)"
-        )
-
-
 def patches(contents: Contents, changes: Mapping[str, Change]) -> list[Patch]:
     """The changes as bytes at offsets of the contents' file, which keeps its length; InvalidValue if they are more."""
-    _refuse_shards(contents)
+    if contents.read_only:
+        raise FormatError(contents.read_only)
     plan = _planned(contents, changes)
     shown = printable(contents.path)
     found = _patches(plan)

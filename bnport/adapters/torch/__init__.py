@@ -199,7 +199,11 @@ def _read_index(path: str, inplace_abn: bool | None, epsilon: float | None) -> L
     from bnport.adapters.torch.shards import tensors_of_index
 
     tensors, versions, parts = tensors_of_index(path, _opened)
-    return _layers_of(path, tensors, versions, inplace_abn, epsilon, parts)
+    layers = _layers_of(path, tensors, versions, inplace_abn, epsilon, parts)
+    layers.read_only = (
+        f"{printable(path)}: a model in several files is read, not written; save it as one file (max_shard_size)"
+    )
+    return layers
 
 
 def _layers_of(
@@ -235,22 +239,25 @@ def write(
     dict holds none, and in other files they are code or pickled attributes. Raises InvalidValue for numbers that are not
     rounded to the file's dtype, strided views, compressed archives, and memory shared with another layer.
     """
-    from bnport.adapters.torch.shards import refuse_index
     from bnport.adapters.torch.writing import write_file
 
-    refuse_index(target)
-    write_file(target, read(target, key=key, inplace_abn=inplace_abn), changes, out)
+    write_file(target, _target(target, key, inplace_abn), changes, out)
 
 
 def patches(
     target: str, changes: Mapping[str, Change], *, key: str | None = None, inplace_abn: bool | None = None
 ) -> list[Patch]:
     """The changes as bytes at offsets of the file `target`, which keeps its length. Raises as `write` does."""
-    from bnport.adapters.torch.shards import refuse_index
     from bnport.adapters.torch.writing import file_patches
 
-    refuse_index(target)
-    return file_patches(target, read(target, key=key, inplace_abn=inplace_abn), changes)
+    return file_patches(target, _target(target, key, inplace_abn), changes)
+
+
+def _target(path: str, key: str | None, inplace_abn: bool | None) -> Layers:
+    layers = read(path, key=key, inplace_abn=inplace_abn)
+    if layers.read_only:
+        raise FormatError(layers.read_only)
+    return layers
 
 
 def apply(model: Any, changes: Mapping[str, Change], *, inplace_abn: bool | None = None) -> None:

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from bnport.containers.files import ReadFile
-from bnport.errors import FormatError, InvalidValue, printable
+from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,14 +38,6 @@ def refuse_part(path: str) -> None:
         raise FormatError(
             f"{printable(path)}: by its name one of {int(found[3])} parts of a model, and arrays of a layer may lie in another"
             f" part; give the index, {printable(os.path.join(folder, index))}{there} (a model of its own: rename it)"
-        )
-
-
-def refuse_index(path: str) -> None:
-    """Raise InvalidValue for an index as a target."""
-    if path.lower().endswith(INDEX):
-        raise InvalidValue(
-            f"{printable(path)}: a model in several files is read, not written; save it as one file (max_shard_size)"
         )
 
 
