@@ -42,7 +42,7 @@ def pairs(state: Alignment) -> dict[int, int]:
             digest = _digest(layers, node, seen[at]) if state.kernel(layer) is not None else None
             if digest is not None:
                 found[at].setdefault(digest, []).append(node)
-    doubted = _doubted(sides, found)
+    doubted = _doubted(sides, found) | _unfed(state)
     return {
         nodes[0]: found[1][digest][0]
         for digest, nodes in found[0].items()
@@ -65,6 +65,21 @@ def _doubted(sides: tuple[list[Layer], list[Layer]], found: list[dict[bytes, lis
         )
     guessed = {layer.channels for side in sides for layer in side if layer.kernel and layer.kernel.guessed}
     return out & guessed
+
+
+def _unfed(state: Alignment) -> set[int]:
+    """The channel counts of which some kernel has only a stem for its proof, and some layer has no kernel.
+
+    The row may begin with that layer, on whose side the guess is then off by one all along.
+    """
+    sides = state.source, state.target
+    weak = {
+        each.channels
+        for side in sides
+        for each, proved in zip(side.by_contents, side.layers, strict=True)
+        if each.kernel is not None and proved.kernel is None
+    }
+    return weak & {each.channels for side in sides for each in side.by_contents if each.kernel is None}
 
 
 def _size(layer: Layer) -> int:

@@ -98,6 +98,13 @@ def test_a_kernel_whose_number_comes_after_the_layers_own_does_not_feed_it():
     assert "wrong" not in outcome(206023)[0]
 
 
+@pytest.mark.parametrize(
+    "seed", [429635, 433875]
+)  # found by searching: a stem that is not pre-activation before blocks that are
+def test_equal_kernels_that_only_a_stem_speaks_for_do_not_decide_where_a_layer_has_none(seed):
+    assert "wrong" not in outcome(seed)[0]
+
+
 # found by searching: their pairings are refused, and some pair or candidate in them is wrong
 HARD = (414, 13084, 17086, 19040)
 
