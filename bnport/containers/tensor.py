@@ -45,7 +45,9 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """size * bytes per element."""
+        """size * bytes per element. FormatError for a dtype that is not in ITEM_SIZE."""
+        if self.dtype not in ITEM_SIZE:
+            raise FormatError(f"{printable(self.name)} is {printable(self.dtype, 40)}, which is not read as numbers")
         return self.size * ITEM_SIZE[self.dtype]
 
     def array(self) -> Array:

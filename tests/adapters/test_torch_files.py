@@ -19,6 +19,7 @@ import torch
 from bnport import adapters
 from bnport.containers import files
 from bnport.errors import FormatError, NotFound, Question
+from bnport.match import match
 from tests.adapters.contract import assert_same_bits, telling_record
 from tests.adapters.torch_models import chain, norm_of
 from tests.zoo import timm, torchvision
@@ -405,3 +406,16 @@ def test_a_whole_module_is_read_where_its_class_does_not_exist(tmp_path):
 def test_a_pickled_graph_module_is_read(tmp_path):
     model = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(3, 5), norm_of(RECORDS[0])))
     check(adapters.read(saved(model, tmp_path)), ["1"], RECORDS[:1])
+
+
+def test_a_kernel_of_a_dtype_that_is_not_read_is_no_evidence_and_no_crash(tmp_path):
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4)
+    )
+    state = net.state_dict()
+    state["2.weight"] = state["2.weight"].to(torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "net.pth")
+    found = match(adapters.read(str(tmp_path / "net.pth")), adapters.read(net))
+    assert found.pairs == {"1": "1", "3": "3"}
+    with pytest.raises(FormatError, match="float8_e4m3fn, which is not read as numbers"):
+        adapters.read(str(tmp_path / "net.pth"))["3"].kernel.values()
