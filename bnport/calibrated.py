@@ -176,12 +176,7 @@ def _with_statistics(
             notes=notes,
         )
 
-    return Layers(
-        (filled(layer) for layer in sources.values()),
-        source=sources.source,
-        format=sources.format,
-        notes=(*sources.notes, *more),
-    )
+    return sources.but((filled(layer) for layer in sources.values()), notes=more)
 
 
 def _said(result: Calibration, data: Any) -> str:

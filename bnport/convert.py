@@ -96,7 +96,6 @@ def convert(
         raise FormatError(targets.read_only)
     if destination is not None and not dry_run and not in_place:
         check_output(destination, force=force, inputs=[*sources.files, *targets.files])
-    digests |= {p: Digest(p) for p in sources.files}
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     match.raise_if_bad()
     changes, notes = plan(sources, targets, match.pairs, fields=fields, momentum=momentum)
@@ -271,9 +270,7 @@ def _frozen(layers: Layers) -> Layers:
         arrays = {field: array.copy() for field, array in layer.arrays().items()}
         return layer.but(load=lambda: arrays)
 
-    return Layers(
-        (kept(layer) for layer in layers.values()), source=layers.source, format=layers.format, notes=layers.notes
-    )
+    return layers.but(kept(layer) for layer in layers.values())
 
 
 def _as_they_were(before: Layers, changes: Mapping[str, Change]) -> dict[str, Change]:

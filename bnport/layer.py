@@ -168,6 +168,17 @@ class Layers(dict[str, Layer]):
         self.read_only = ""
         self.opened: object = None
 
+    def but(self, layers: Iterable[Layer], *, notes: Iterable[str] = ()) -> Layers:
+        """The same source with other layers, and more notes; what is held of the file is not taken along."""
+        return Layers(
+            layers,
+            source=self.source,
+            format=self.format,
+            notes=(*self.notes, *notes),
+            ordered=self.ordered,
+            files=self.files,
+        )
+
 
 class Change(NamedTuple):
     """What to write into one target layer: exactly the named fields, nothing else.

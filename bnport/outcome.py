@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from bnport.containers.files import sha256
 from bnport.engines import run_layers
 from bnport.errors import MatchError, listed
 from bnport.layer import Layers
@@ -59,11 +60,7 @@ class Outcome:
 
     def planned(self) -> Report:
         """The report of a dry run: the planned records, compared as if they had been read back."""
-        held = Layers(
-            (_as_layer(self.targets[name], change.record) for name, change in self.changes.items()),
-            source=self.targets.source,
-            format=self.targets.format,
-        )
+        held = self.targets.but(_as_layer(self.targets[name], change.record) for name, change in self.changes.items())
         return self._report("dry run", self._compare(held), None, ["nothing was written (dry run)"])
 
     def written(
@@ -114,7 +111,10 @@ class Outcome:
             notes=said(self.sources, self.targets, self.match.pairs),
             not_run=not_run,
             left=left(self.match),
-            sha256={path: digest.result() for path, digest in self.digests.items()},
+            sha256={
+                **{path: digest.result() for path, digest in self.digests.items()},
+                **{path: sha256(path) for path in self.sources.files},  # one after another: there may be thousands
+            },
         )
 
 

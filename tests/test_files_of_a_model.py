@@ -7,12 +7,14 @@ import json
 import os
 
 import keras
+import numpy as np
 import onnx
 import pytest
 import safetensors.torch
 import torch
 
 import bnport
+from bnport.calibrated import convert_calibrated
 from bnport.errors import FormatError, OutputError
 
 
@@ -110,3 +112,13 @@ def test_a_set_of_files_is_not_written_and_a_dry_run_says_so(made, how, tmp_path
     with pytest.raises(FormatError, match="read, not written; save"):
         bnport.convert(tmp_path / "source.pth", tmp_path / model, **where)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "source.pth"} == before
+
+
+def test_statistics_from_data_show_the_digest_of_every_file_too(tmp_path):
+    source, others = torch_index(tmp_path)
+    layers = [keras.layers.Conv2D(4, 1), keras.layers.BatchNormalization()]
+    keras.Sequential([keras.Input((2, 2, 3)), *layers]).save(tmp_path / "target.keras")
+    data = np.random.default_rng(0).normal(size=(40, 2, 2, 3)).astype(np.float32)
+    report = convert_calibrated(tmp_path / source, tmp_path / "target.keras", tmp_path / "out.keras", data)
+    digests = {str(tmp_path / n): hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in others}
+    assert digests.items() <= report.sha256.items()

@@ -99,7 +99,7 @@ def write(target: str, changes: Mapping[str, Change], out: str) -> None:
     origin: dict[str, str] = {
         key: metadata[key] for key in ("source", "source_format", "source_sha256") if key in metadata
     }
-    _write(out, Layers(changed, source=target, format="records", ordered=layers.ordered), origin)
+    _write(out, layers.but(changed), origin)
 
 
 def _changed(layer: Layer, change: Change) -> Layer:
