@@ -58,18 +58,17 @@ def _given(space: dict[str, Any], call: Any) -> Iterator[None]:
 
 def in_training(norm: Norm, original: Callable[..., Any], x: Any, args: Any, kwargs: Any) -> bool:
     """Whether this call normalises by its batch and moves the stored statistics: training, and not frozen."""
-    training = kwargs.get("training")
-    if args:
-        training = inspect.signature(original).bind(x, *args, **kwargs).arguments.get("training")
-    return bool(norm.layer.trainable and training)
+    return bool(norm.layer.trainable and _argument("training", original, x, args, kwargs))
+
+
+def _argument(name: str, original: Callable[..., Any], x: Any, args: Any, kwargs: Any) -> Any:
+    """What a call of call(inputs, training, mask) gives for one of the two, by name or by position."""
+    return inspect.signature(original).bind(x, *args, **kwargs).arguments.get(name) if args else kwargs.get(name)
 
 
 def _interceptor(norm: Norm, original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
     def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("mask")
-        if args:  # of call(inputs, training, mask)
-            mask = inspect.signature(original).bind(inputs, *args, **kwargs).arguments.get("mask")
-        return hook(norm, original, inputs, mask, args, kwargs)
+        return hook(norm, original, inputs, _argument("mask", original, inputs, args, kwargs), args, kwargs)
 
     return call
 

@@ -117,11 +117,6 @@ class LiveModel:
         self._stack.callback(config.run_functions_eagerly, False)
         return True
 
-    def _states(self) -> list[tuple[Any, Array]]:
-        """The variables that one batch may change for the next, and what they hold now; while `running`."""
-        carried = [] if self.states is None else self.states.carried()
-        return [(held.variable, np.array(self.numpy(held.now()))) for held in carried]
-
     def untouched(self) -> contextlib.AbstractContextManager[None]:
         """What runs while this is open leaves nothing behind for the next batch."""
         return contextlib.nullcontext() if self.states is None else self.states.untouched()

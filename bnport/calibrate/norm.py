@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.errors import InvalidValue, Unrepresentable, printable
+from bnport.rounding import UNIT_ROUNDOFF
 
 if TYPE_CHECKING:
     from bnport.record import Array
-
-_PRECISION = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # half a unit in the last place
 
 
 class Norm:
@@ -57,7 +56,7 @@ class Norm:
         self.before = self._snapshot()
         self.exact: tuple[Array, Array] | None = None  # what was written last, before rounding
         self.dtype: str = self.before[1].dtype.name  # JAX may hold float32 in a variable that says float64
-        self.precision = _PRECISION.get(self.dtype, 2.0**-53)
+        self.precision = UNIT_ROUNDOFF.get(self.dtype, UNIT_ROUNDOFF["float64"])
 
     def _variables(self) -> list[Any]:
         names = ["moving_mean", "moving_variance"]

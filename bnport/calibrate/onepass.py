@@ -258,8 +258,8 @@ class OnePass:
 
     def _independent(self) -> None:
         """Refuse to go on in the middle of the data where a batch depends on those before it."""
-        carried = [] if self.live.states is None else self.live.states.carried()
-        changed = [held.name for held in carried if held.kind == "state" and not held.same()]
+        moved = [] if self.live.states is None else self.live.states.moved()
+        changed = [held.name for held in moved if held.kind == "state"]
         if changed:
             raise InvalidValue(
                 f"{printable(changed[0])}: keeps a state from batch to batch, which the checkpoint does not hold; delete the"

@@ -110,9 +110,7 @@ def one_pass(
     results = map_blocks(work_once, todo, engine=engine, workers=workers, address=address)
     try:
         for part, seen in zip(todo, results, strict=True):
-            for number, digest in enumerate(seen.digests, part.first):
-                if order is not None:
-                    order.check(number, digest)
+            _check(order, part.first, seen.digests)
             run.add_run(seen.results, part.level)
             yield seen.samples
     finally:
@@ -125,6 +123,13 @@ def one_pass(
             client.run(forget)
             if owned:
                 client.close()
+
+
+def _check(order: Order | None, first: int, digests: tuple[bytes, ...]) -> None:
+    """The batches from number `first` on were read; refused if they are not those of the run that is resumed."""
+    if order is not None:
+        for number, digest in enumerate(digests, first):
+            order.check(number, digest)
 
 
 class Sharded:
@@ -166,9 +171,7 @@ class Sharded:
         while waiting := [n for n in self.plan.names if n not in self.moments and n not in self.unused]:
             done = self._round(new)
             for (start, _), shard in zip(self.ranges, done, strict=True):
-                for number, digest in enumerate(shard.digests, start):
-                    if self.order is not None:
-                        self.order.check(number, digest)
+                _check(self.order, start, shard.digests)
             names = set(done[0].moments)
             if any(set(shard.moments) != names for shard in done) or not (names or done[0].unused):
                 raise InvalidValue(f"the shards do not reach the same layers: {listed(sorted(waiting), 3)} are left")

@@ -124,6 +124,10 @@ class States:
         """What one batch may leave behind for the next."""
         return [held for held in self._held.values() if held.kind in CARRIED]
 
+    def moved(self) -> list[Held]:
+        """Those of `carried` that hold something else by now."""
+        return [held for held in self.carried() if not held.same()]
+
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """What runs while this is open leaves nothing behind."""

@@ -203,9 +203,8 @@ def _integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
     high = 256 if small else max(1, PIECE // (tiles * channels))
     if high * bound * bound >= exact:
         raise ValueError(f"{high} rows of magnitude {bound} do not fit")
-    flush = (
-        512 if small else 8
-    )  # flush * high * tiles * bound**2 < 2**63: 2**9 * 2**19.6 * 2**16, and 2**3 * 2**16 * 2**42
+    # flush * high * tiles * bound**2 < 2**63: 2**9 * 2**19.6 * 2**16, and 2**3 * 2**16 * 2**42
+    flush = 512 if small else 8
     columns = tiles * channels
     buffer = scratch(high * columns, dtype)
     row = np.empty(columns, dtype)

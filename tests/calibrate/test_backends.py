@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 
-import pytest
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from tests.calibrate.backends import on_others, run_on
 
 CHECK = textwrap.dedent(
     """
@@ -87,21 +82,6 @@ CHECK = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        pytest.param({"KERAS_BACKEND": "torch"}, id="torch"),
-        pytest.param({"KERAS_BACKEND": "jax"}, id="jax", marks=pytest.mark.slow),
-        pytest.param({"LIBRARY": "tf_keras"}, id="tf_keras"),
-    ],
-)
+@on_others
 def test_statistics_are_right_and_nothing_else_changes_on(where):
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        cwd=ROOT,
-        env={**os.environ, **where},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip().endswith("all held"), done.stderr[-3000:]
+    run_on(where, "-c", CHECK)

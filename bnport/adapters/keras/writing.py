@@ -34,8 +34,6 @@ class _Plan:
 
 def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
     """Fill the new empty file `out` with a copy of the contents' file and the changes."""
-    if contents.read_only:
-        raise FormatError(contents.read_only)
     plan = _planned(contents, changes)
     if contents.kind == "keras":
         _write_archive(contents, plan, out)
@@ -45,8 +43,6 @@ def write(contents: Contents, changes: Mapping[str, Change], out: str) -> None:
 
 def patches(contents: Contents, changes: Mapping[str, Change]) -> list[Patch]:
     """The changes as bytes at offsets of the contents' file, which keeps its length; InvalidValue if they are more."""
-    if contents.read_only:
-        raise FormatError(contents.read_only)
     plan = _planned(contents, changes)
     shown = printable(contents.path)
     found = _patches(plan)
@@ -78,6 +74,8 @@ def patches(contents: Contents, changes: Mapping[str, Change]) -> list[Patch]:
 
 
 def _planned(contents: Contents, changes: Mapping[str, Change]) -> _Plan:
+    if contents.read_only:
+        raise FormatError(contents.read_only)
     plan = _Plan()
     for name, change in changes.items():
         _add(plan, contents, contents.entry(name), change)
