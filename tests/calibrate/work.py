@@ -17,11 +17,13 @@ def variable(name):
 
 
 def die_once(path):
-    """Kills this process by SIGKILL, unless the file is there; makes it first."""
+    """Kills this process by SIGKILL, unless the file is there; makes it first, with the process' number in it."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return
+    os.write(file, str(os.getpid()).encode())
+    os.close(file)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
