@@ -197,9 +197,9 @@ class Machine:
         kind = type(value)
         if kind is str or value is None or kind in _KEYS:
             return value
-        if kind is int or kind is float:
-            return value if -(1 << 60) < value < 1 << 60 or kind is float else Opaque(value)
-        if kind is tuple or kind is int or kind is frozenset:
+        if kind is int:
+            return value if -(1 << 60) < value < 1 << 60 else Opaque(value)
+        if kind is tuple or kind is frozenset:
             self.count(1)
             return Opaque(value)
         return self.refuse(f"uses a {kind.__name__} as a key")
@@ -241,4 +241,4 @@ class Machine:
         self.stack.append(Node(callable, args))
 
 
-_KEYS = frozenset((bytes, bool, Global, Node, Persistent, Opaque))
+_KEYS = frozenset((bytes, bool, float, Global, Node, Persistent, Opaque))

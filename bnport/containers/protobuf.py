@@ -306,10 +306,10 @@ class Edit(NamedTuple):
     within: tuple[Span, ...] = ()
 
 
-def field_start(buffer: Buffer, value: Span, number: int, wire: int = LENGTH) -> int:
-    """Where the field whose payload is `value` begins: its tag. Only for spans that `fields` gave."""
-    start = _length_start(buffer, value[0]) if wire == LENGTH else value[0]
-    tag = encoded_varint(number << 3 | wire)
+def field_start(buffer: Buffer, value: Span, number: int) -> int:
+    """Where the LENGTH field whose payload is `value` begins: its tag. Only for spans that `fields` gave."""
+    start = _length_start(buffer, value[0])
+    tag = encoded_varint(number << 3 | LENGTH)
     if start < len(tag) or buffer.read((start - len(tag), len(tag))) != tag:
         raise buffer.error(start, f"field {number} is not written in the usual way, so it cannot be replaced")
     return start - len(tag)

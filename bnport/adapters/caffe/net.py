@@ -58,7 +58,6 @@ _V1_TYPES = {
 }  # fmt: skip
 _V1_WORDS = {"CONVOLUTION": "Convolution", "INNER_PRODUCT": "InnerProduct", "DECONVOLUTION": "Deconvolution",
              "SPLIT": "Split"}  # fmt: skip
-_V1_LARGEST = 39  # of BVLC's enum
 
 
 class Node:

@@ -76,15 +76,13 @@ def read(h5: H5, stat: str | None, *, evidence: bool) -> Contents:
     version = h5.root.attribute("keras_version") or weights.attribute("keras_version")
     version = version if isinstance(version, str) else None
     root = None if text is None else config.tree(config.parse(text, f"{shown}: model_config"), f"{shown}: model_config")
-    parts = list(_parts(h5, weights, shown))
+    parts = list(_parts(weights, shown))
     nodes = _paired(root, parts, shown) if root is not None else [None] * len(parts)
     order = {id(node): i for i, node in enumerate(root.walk())} if root is not None else {}
     paired = sorted(zip(parts, nodes, strict=True), key=lambda p: order.get(id(p[1]), len(order)))
     old = [part for part, _ in paired if "std" in part.tensors]
     form = _form(old, version, stat, shown) if old else "variance"
-    entries = [
-        _entry(part, node, form if "std" in part.tensors else "variance", version, shown) for part, node in paired
-    ]
+    entries = [_entry(part, node, form if "std" in part.tensors else "variance", shown) for part, node in paired]
     if root is not None and evidence:
         _add_evidence(root, entries, weights)
     contents = Contents(h5.file.path, "legacy", entries, holds_epsilon=root is not None)
@@ -138,7 +136,7 @@ def _form(parts: list[Part], version: str | None, stat: str | None, shown: str) 
     return "variance"
 
 
-def _entry(part: Part, node: config.Node | None, form: str, version: str | None, shown: str) -> Entry:
+def _entry(part: Part, node: config.Node | None, form: str, shown: str) -> Entry:
     where = f"{shown}: {printable(part.name)}"
     tensors = dict(part.tensors)
     if "std" in tensors:
@@ -157,14 +155,13 @@ def _entry(part: Part, node: config.Node | None, form: str, version: str | None,
         if there != (field in tensors):
             said = "says it has" if there else "says it has no"
             raise FormatError(f"{where}: the config {said} {field}, the weights do{' not' if there else ''}")
-    del version
     return Entry(
         node.path or part.name, where, lambda: tensors, epsilon=settings.epsilon, momentum=settings.momentum, form=form,
         node=node, notes=settings.notes,
     )  # fmt: skip
 
 
-def _parts(h5: H5, weights: Group, shown: str) -> Iterator[Part]:
+def _parts(weights: Group, shown: str) -> Iterator[Part]:
     """The layers of the file, in its own order, by the names of their weights."""
     names = _texts(weights, "layer_names")
     if names is None:
@@ -176,10 +173,8 @@ def _parts(h5: H5, weights: Group, shown: str) -> Iterator[Part]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise FormatError(f"{shown}: layer_names lists {printable(twice)!r} twice")
-    seen = 0
     for name in names:
-        seen += 1
-        group = _below(weights, name)
+        group = weights.group(name)  # a name may hold slashes: then it lies in groups of its parts
         if group is None:
             raise FormatError(f"{shown}: layer_names lists {printable(name)!r}, which has no group")
         listing = _texts(group, "weight_names")
@@ -209,7 +204,6 @@ def _parts(h5: H5, weights: Group, shown: str) -> Iterator[Part]:
         for prefix, found in fields.items():
             if found.keys() & {"mean", "variance", "std"}:  # gamma and beta alone are LayerNormalization
                 yield Part(name, prefix, found)
-    del h5
 
 
 def _numbered(group: Group, name: str) -> Iterator[Part]:
@@ -217,11 +211,6 @@ def _numbered(group: Group, name: str) -> Iterator[Part]:
     tensors = [t for t in group.tensors() if re.fullmatch(r"param_\d+", t.name.rsplit("/", 1)[-1])]
     if len(tensors) == 4 and all(len(t.shape) == 1 and t.shape == tensors[0].shape for t in tensors):
         yield Part(name, "", dict(zip(("gamma", "beta", "mean", "std"), tensors, strict=True)))
-
-
-def _below(group: Group, path: str) -> Group | None:
-    """A group whose name may hold slashes (then it lies in groups of its parts)."""
-    return group.group(path)
 
 
 def _dataset(group: Group, path: str) -> H5Tensor | None:

@@ -89,13 +89,12 @@ class Scope:
         attributes: dict[str, Attribute] | None = None,
         opset: int = 1,
         label: str = "",
-        producers: dict[str, Node] | None = None,
     ) -> None:
         self.model, self.graph, self.parent, self.opset, self.label = model, graph, parent, opset, label
         self.function: bool = bindings is not None or (parent is not None and parent.function)  # in the body of one
         self.bindings = bindings or {}  # of a function: formal input -> (calling scope, name there)
         self.attributes = attributes or {}  # of a function: name -> as called, or its default
-        self.producers = _producers(graph) if producers is None else producers
+        self.producers = _producers(graph)
         self.reach: dict[str, frozenset[int]] = {}  # BatchNorm layers by number that reach a value with none between
 
     def origin(self, name: str) -> tuple[Scope, str]:
