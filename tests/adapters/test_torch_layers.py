@@ -222,8 +222,11 @@ def test_epsilon_given_for_a_state_dict_reaches_inplace_abns_gamma(tmp_path):
     norm = InPlaceABN(6, 0.5)
     fill(norm, RECORD)
     x = RECORD.probes().astype(np.float32)
-    layer = only(saved(norm.state_dict(), tmp_path), inplace_abn=True, epsilon=0.5)
+    state = saved(norm.state_dict(), tmp_path)
+    layer = only(state, inplace_abn=True, epsilon=0.5)
     assert_within_bound(output(norm, x), layer.record, x)
+    (ran,) = adapters.load("torch").run(state, layer.name, x, inplace_abn=True, epsilon=0.5).values()
+    assert_within_bound(ran, layer.record, x)
 
 
 def test_quantisation_aware_layouts(tmp_path):

@@ -63,7 +63,7 @@ def recognise(head: bytes, path: str) -> bool:
     if path.lower().endswith(".json"):
         return path.lower().endswith(".index.json") and head.lstrip().startswith(b"{")
     if head.startswith(b"PK"):
-        return _first_member_is_torchs(head, path) or _zip_kind(path) != ""
+        return _first_member_is_torchs(head, path) or _is_zip_of_torch(path)
     if head[8:9] == b"{" and path.lower().endswith(".safetensors") and b"bnport" not in head:
         return True  # bnport's own records begin with their metadata; any other header is parsed once, by read
     from bnport.adapters.torch.checkpoint import is_legacy, is_tar
@@ -89,18 +89,16 @@ def _first_member_is_torchs(head: bytes, path: str) -> bool:
     return path.lower().endswith(SUFFIXES) and (inside == b"data.pkl" or inside.startswith((b"data/", b"code/")))
 
 
-def _zip_kind(path: str) -> str:
-    """ "save", "export", or "" for a zip of something else; a damaged zip with one of our suffixes counts as "save"."""
+def _is_zip_of_torch(path: str) -> bool:
+    """Whether a zip is torch.save's or torch.export's; a damaged one with one of our suffixes counts: reading refuses it."""
     from bnport.adapters.torch.checkpoint import zip_root
     from bnport.containers.zip import Archive
 
     try:
         archive = Archive(ReadFile(path), without_checksums=True)
     except BnportError:
-        return "save" if path.lower().endswith(SUFFIXES) else ""
-    if zip_root(archive) is not None:
-        return "save"
-    return "export" if zip_root(archive, "models/model.json") is not None else ""
+        return path.lower().endswith(SUFFIXES)
+    return any(zip_root(archive, member) is not None for member in ("data.pkl", "models/model.json"))
 
 
 def read(

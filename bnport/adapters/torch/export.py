@@ -6,7 +6,7 @@ from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
 from bnport.adapters.torch.parameters import Product
-from bnport.adapters.torch.state import ROOT
+from bnport.adapters.torch.state import norm_name
 from bnport.adapters.torch.tensors import located
 from bnport.containers.tensor import ITEM_SIZE
 from bnport.errors import FormatError, printable
@@ -136,8 +136,7 @@ def _layers(nodes: list[_Node], names: dict[str, str], tensors: dict[str, Tensor
             reached.update(before.get(taken, {}))
         fed_by = feeds.get(node.takes[0]) if node.takes else None
         if node.operation in NORMS:
-            mean = names.get(node.tensor("running_mean"), "")
-            name = mean.removesuffix("running_mean").removesuffix(".") or ROOT
+            name = norm_name(names.get(node.tensor("running_mean"), ""))
             if name not in seen:
                 yield _layer(name, node, nodes, names, tensors, where, fed_by, tuple(reached))
             seen.add(name)

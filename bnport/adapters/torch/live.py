@@ -12,8 +12,8 @@ from bnport.adapters.torch.modules import kernel_kind
 from bnport.adapters.torch.parameters import REMEDIES, STATISTICS, by_role, roles_of
 from bnport.adapters.torch.script import IN_TRAINING
 from bnport.adapters.torch.search import chosen, models_in
-from bnport.adapters.torch.state import ROOT, grouped, layers_of_state, plain_names
-from bnport.adapters.torch.values import class_name, held_by, own_forward, tensor_of
+from bnport.adapters.torch.state import grouped, layers_of_state, norm_name, plain_names
+from bnport.adapters.torch.values import activation_of, class_name, held_by, own_forward, tensor_of
 from bnport.errors import FormatError, InvalidValue, NotFound, Unrepresentable, listed, printable
 from bnport.layer import Layers
 
@@ -103,8 +103,7 @@ def norms_of(model: Any) -> Iterator[tuple[str, Any]]:
 def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
     from bnport.adapters.torch.graph import exported_norms, traced
 
-    plain, notes = plain_names([name for name, _ in model.named_modules() if name])
-    plain[""] = ROOT
+    plain, notes = plain_names([name for name, _ in model.named_modules()])
     norms = dict(norms_of(model))
     graph = traced(model, norms) if norms else None
     exported = exported_norms(model) if norms else {}
@@ -177,12 +176,8 @@ def _layer(
         for role, what in held.computed.items()
         if what != "pruning"
     ]
-    for attribute in ("act", "activation"):
-        activation = getattr(module, attribute, None)
-        shown = activation if isinstance(activation, str) else type(activation).__name__
-        if shown.lower() not in ("nonetype", "identity", "none"):
-            notes.append(f"{class_name(module)} applies {shown} after it, which is not part of the record")
-            break
+    if activation := activation_of(module):
+        notes.append(f"{class_name(module)} applies {activation} after it, which is not part of the record")
     return make_layer(
         name,
         by_role(held.tensors, held.roles, name),
@@ -289,8 +284,7 @@ def targets_of(model: Any, inplace_abn: bool | None = None) -> dict[str, tuple[A
     if isinstance(model, torch.nn.Module):
         from bnport.adapters.torch.graph import exported_norms
 
-        plain, _ = plain_names([name for name, _ in model.named_modules() if name])
-        plain[""] = ROOT
+        plain, _ = plain_names([name for name, _ in model.named_modules()])
         exported = exported_norms(model)
         targets = {}
         for name, m in norms_of(model):
@@ -306,7 +300,7 @@ def targets_of(model: Any, inplace_abn: bool | None = None) -> dict[str, tuple[A
     own, below = grouped(found.tensors, prefixes)
     targets = {}
     for prefix in prefixes:
-        name = plain[prefix + "running_mean"].removesuffix("running_mean").removesuffix(".") or ROOT
+        name = norm_name(plain[prefix + "running_mean"])
         roles = roles_of(own[prefix], below[prefix], f"{where}: {printable(name)}", own[prefix]["running_mean"].size)
         names = {"weight": roles.weight, "bias": roles.bias, **{n: (n,) for n in STATISTICS}}
         live = {role: state.get(prefix + parts[0]) if len(parts) == 1 else None for role, parts in names.items()}

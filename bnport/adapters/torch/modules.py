@@ -10,7 +10,7 @@ from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import LAZY, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.parameters import by_role, is_foreign, roles_of
 from bnport.adapters.torch.search import is_lazy, state_of, unwrapped
-from bnport.adapters.torch.state import ROOT, plain_names
+from bnport.adapters.torch.state import plain_names
 from bnport.containers.pickle import Global, Node
 from bnport.errors import FormatError, printable
 
@@ -39,8 +39,7 @@ def class_of(value: Any) -> str:
 def layers_of_module(root: Any, checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
     """The BatchNorm layers of a pickled module, in its own order, and notes about the whole."""
     modules = list(_named(root, checkpoint))
-    plain, notes = plain_names([name for name, _, _ in modules if name])
-    plain[""] = ROOT
+    plain, notes = plain_names([name for name, _, _ in modules])
     kernels = feeding(_definitions(modules, plain, checkpoint))
     layers, instance_norms = [], 0
     for name, kind, state in modules:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def run_live(
     source: Any,
     inputs: Mapping[str, Any],
-    key: str | None = None,
-    inplace_abn: bool | None = None,
-    epsilon: float | None = None,
+    key: str | None,
+    inplace_abn: bool | None,
+    epsilon: float | None,
 ) -> dict[str, dict[str, Array]]:
     """name -> outputs, for x of shape (N, C) of each named layer, by torch; see run in the package's module."""
     try:
@@ -34,18 +34,16 @@ def run_live(
         return {name: _run_module(source, targets, name, x) for name, x in inputs.items()}
     from bnport.adapters.torch import read
 
-    layers = read(source, key=key, inplace_abn=inplace_abn)
-    return {name: _run_record(layers, name, x, epsilon) for name, x in inputs.items()}
+    layers = read(source, key=key, inplace_abn=inplace_abn, epsilon=epsilon)
+    return {name: _run_record(layers, name, x) for name, x in inputs.items()}
 
 
-def _run_record(layers: Layers, layer: str, x: Any, epsilon: float | None) -> dict[str, Array]:
+def _run_record(layers: Layers, layer: str, x: Any) -> dict[str, Array]:
     import torch
 
     if layer not in layers:
         raise NotFound(f"{layers.source}: no BatchNorm layer {printable(layer)!r}; there are {listed(layers, 5)}")
     record = layers[layer].record
-    if epsilon is not None and "epsilon" in layers[layer].assumed:
-        record = record.replace(epsilon=epsilon)
     dtype = getattr(torch, layers[layer].dtype)
     arrays = {n: torch.from_numpy(getattr(record, field).copy()).to(dtype) for n, field in FIELD_OF.items()}
     with torch.no_grad():

@@ -6,7 +6,7 @@ from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.code import applied, given_by
 from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.parameters import by_role, is_foreign, roles_of
-from bnport.adapters.torch.state import ROOT, plain_names
+from bnport.adapters.torch.state import plain_names
 from bnport.containers.pickle import Node
 from bnport.errors import FormatError, printable
 
@@ -28,8 +28,7 @@ FOREIGN = "its class {} is none that bnport knows: what it passes to batch_norm 
 def layers_of_script(checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
     """The BatchNorm layers of a scripted or traced module, in its own order, and notes about the whole."""
     modules = list(_named(checkpoint))
-    plain, notes = plain_names([name for name, _ in modules if name])
-    plain[""] = ROOT
+    plain, notes = plain_names([name for name, _ in modules])
     kernels = feeding(_definitions(modules, plain, checkpoint))
     code: dict[str, str] = {}
     layers, instance_norms = [], 0

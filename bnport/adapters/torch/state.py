@@ -20,8 +20,9 @@ WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, DistributedDataParallel, A
 def plain_names(names: list[str]) -> tuple[dict[str, str], list[str]]:
     """Every name without the wrappers that all of them carry, and notes that say what was left out.
 
-    Names of tensors, or of modules (a wrapper's own name, "module", becomes ROOT).
+    Names of tensors, or of modules (that of the model itself, "", and a wrapper's own, "module", become ROOT).
     """
+    names = [name for name in names if name]
     result = {name: name for name in names}
     notes: list[str] = []
     stripped = True
@@ -39,7 +40,12 @@ def plain_names(names: list[str]) -> tuple[dict[str, str], list[str]]:
     if shorter != result and len(set(shorter.values())) == len(names):
         result = shorter
         notes.append("names are given without '_orig_mod.'")
-    return {name: short or ROOT for name, short in result.items()}, notes
+    return {"": ROOT, **{name: short or ROOT for name, short in result.items()}}, notes
+
+
+def norm_name(mean: str) -> str:
+    """The name of the BatchNorm whose running_mean is called so."""
+    return mean.removesuffix("running_mean").removesuffix(".") or ROOT
 
 
 def layers_of_state(
@@ -66,7 +72,7 @@ def layers_of_state(
     own, below = grouped(tensors, prefixes)
     layers = []
     for prefix in prefixes:
-        name = plain[prefix + "running_mean"].removesuffix("running_mean").removesuffix(".") or ROOT
+        name = norm_name(plain[prefix + "running_mean"])
         version = versions.get(prefix.removesuffix("."))
         layers.append(
             _layer(name, own[prefix], below[prefix], version, where, inplace_abn, kernels.get(name), given_epsilon)
@@ -158,7 +164,7 @@ def _definitions(tensors: Mapping[str, Tensor], prefixes: list[str], plain: Mapp
     definitions: list[Definition] = []
     for full, tensor in tensors.items():
         if full in norms:
-            name = plain[full].removesuffix("running_mean").removesuffix(".") or ROOT
+            name = norm_name(plain[full])
             definitions.append(Definition(name, tensor.shape[0] if tensor.shape else 0))
         elif full not in own and len(tensor.shape) >= 2 and (full == "weight" or full.endswith(".weight")):
             name = plain[full].removesuffix("weight").removesuffix(".")

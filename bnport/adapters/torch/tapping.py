@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.torch.live import norms_of
-from bnport.adapters.torch.state import ROOT, plain_names
+from bnport.adapters.torch.state import plain_names
+from bnport.adapters.torch.values import activation_of
 from bnport.errors import InvalidValue, printable
 
 if TYPE_CHECKING:
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 def tap(model: Any, x: Array, each: Callable[[str, Array, Array, str], None]) -> list[Array]:
     """Run the module on x (N, C, ...) at inference; call each(layer, input, output, dtype) per layer call; the final outputs.
 
-    Inputs and outputs come channel-last, shape (..., C), 16-bit ones widened and dtype naming
-    theirs. An activation that a layer carries
-    (timm's BatchNormAct2d) is not part of its output here. The module is left as it was: modes, hooks, gradients.
+    Inputs and outputs come channel-last, shape (..., C), 16-bit ones widened and dtype naming theirs. An activation that
+    a layer carries (timm's BatchNormAct2d) is not part of its output here. The module is left as it was: modes, hooks,
+    gradients.
     """
     import torch
 
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidValue("a TorchScript module takes no hooks, so it cannot be traced; give the Python module")
-    plain, _ = plain_names([name for name, _ in model.named_modules() if name])
+    plain, _ = plain_names([name for name, _ in model.named_modules()])
     modes = {module: module.training for module in model.modules()}
     pending: dict[int, list[Array]] = {}
     handles = []
@@ -38,7 +39,7 @@ def tap(model: Any, x: Array, each: Callable[[str, Array, Array, str], None]) ->
         def hook(module: Any, args: Any, output: Any) -> None:
             x = pending[id(module)].pop()
             plain_output = _without_activation(module, args[0], x, output)
-            each(plain.get(name, name) or ROOT, _last(x), _last(plain_output), str(output.dtype).removeprefix("torch."))
+            each(plain[name], _last(x), _last(plain_output), str(output.dtype).removeprefix("torch."))
 
         return hook
 
@@ -68,9 +69,7 @@ def _input(model: Any, x: Array) -> Any:
 def _without_activation(module: Any, argument: Any, x: Array, output: Any) -> Array:
     import torch
 
-    activation = getattr(module, "act", None) or getattr(module, "activation", None)
-    name = activation if isinstance(activation, str) else type(activation).__name__
-    if name.lower() in ("nonetype", "identity", "none") or not isinstance(argument, torch.Tensor):
+    if not activation_of(module) or not isinstance(argument, torch.Tensor):
         return _numpy(output)
     weight = module.weight
     if type(module).__name__.startswith("InPlaceABN"):

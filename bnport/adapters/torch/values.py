@@ -74,6 +74,16 @@ def class_name(module: Any) -> str:
     return getattr(module, "original_name", None) or type(module).__name__
 
 
+def activation_of(module: Any) -> str:
+    """The activation that a layer carries and applies to its own output (timm's BatchNormAct2d, InPlaceABN); "" for none."""
+    for attribute in ("act", "activation"):
+        held = getattr(module, attribute, None)
+        name = held if isinstance(held, str) else type(held).__name__
+        if name.lower() not in ("nonetype", "identity", "none"):
+            return name
+    return ""
+
+
 def held_by(module: Any, name: str, where: str, inplace_abn: bool, exported: Exported | None = None) -> Held:
     """What a BatchNorm layer holds. `exported`: the call of batch_norm in the graph of an exported program that is its own.
 
