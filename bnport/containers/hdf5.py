@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
     from bnport.containers.files import ReadFile
 
-__all__ = ["H5", "SIGNATURE", "Group", "H5Tensor", "Window", "natural"]
+__all__ = ["H5", "Group", "H5Tensor", "Window", "natural"]
 
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
 METADATA_CACHE = 1 << 16  # bytes at first, and it grows: most objects are looked at once, for which 2 MiB are too much
 DEPTH_LIMIT = 256  # nested models use four levels each
 ATTRIBUTE_LIMIT = 64 << 20  # bytes of one attribute; a model_config of 1000 layers has 2 MB

@@ -21,6 +21,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from bnport.containers import HDF5_SIGNATURE
 from bnport.containers.files import ReadFile, flush, is_file
 from bnport.containers.patch import Patch, joined, write_at
 from bnport.errors import FormatError, NotFound, OutputError, first_line, printable
@@ -35,7 +36,6 @@ SEAL = (
 MAGIC = b"bnport undo 1\n"
 _LARGEST_UNDO = 256 << 20  # BatchNorm parameters are a few MB
 _TAIL = 22 + 0xFFFF  # the zip end record and the longest comment
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 def is_sealed(head: bytes) -> bool:
@@ -208,9 +208,9 @@ def _seals(file: ReadFile) -> list[Patch]:
         raise FormatError(f"{printable(file.path)}: too short to be a model")
     seals = [Patch(0, SEAL)]
     at = 512  # HDF5 behind a user block
-    while at + len(_HDF5) <= file.size and at <= 1 << 40:
-        if file.pread(at, len(_HDF5)) == _HDF5:
-            seals.append(Patch(at, b"\xff" * len(_HDF5)))
+    while at + len(HDF5_SIGNATURE) <= file.size and at <= 1 << 40:
+        if file.pread(at, len(HDF5_SIGNATURE)) == HDF5_SIGNATURE:
+            seals.append(Patch(at, b"\xff" * len(HDF5_SIGNATURE)))
         at *= 2
     if file.pread(0, 4) == b"PK\x03\x04":
         start = max(len(SEAL), file.size - _TAIL)

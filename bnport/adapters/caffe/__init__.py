@@ -33,6 +33,7 @@ from __future__ import annotations
 import os
 
 from bnport._lazy import TYPE_CHECKING
+from bnport.containers import HDF5_SIGNATURE
 from bnport.errors import FormatError, InvalidValue, printable
 from bnport.layer import Layers
 
@@ -48,13 +49,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".caffemodel", ".prototxt", ".h5", ".hdf5")
 PACKAGES: tuple[str, ...] = ()
 
-_HDF5 = b"\x89HDF\r\n\x1a\n"  # as in net.py, which a look at a file's first bytes need not import
-
 
 def recognise(head: bytes, path: str) -> bool:
     """By name, since neither wire format nor text has a signature; a file of another name by its first layer."""
     name = os.path.basename(path).lower()
-    if head.startswith(_HDF5):  # Caffe writes <prefix>_iter_<n>.caffemodel.h5
+    if head.startswith(HDF5_SIGNATURE):  # Caffe writes <prefix>_iter_<n>.caffemodel.h5
         return ".caffemodel" in name or _root_names(head) in ({b"data"}, {b"data", b"diff"})
     if name.endswith(SUFFIXES[:2]):
         return bool(head)

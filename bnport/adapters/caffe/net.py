@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.caffe.blob import Blob, Budget, from_hdf5, from_message, kernel_shape
+from bnport.containers import HDF5_SIGNATURE
 from bnport.containers.files import ReadFile
 from bnport.containers.protobuf import FIXED32, LENGTH, VARINT, Buffer, fields, signed
 from bnport.errors import FormatError, listed, printable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     Setting: TypeAlias = "int | float | bool | str"
 
 MOST_LAYERS = 1 << 16
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _NO_MODELS = {
     b"version https://git-lfs": "a Git LFS pointer in the model's place; fetch the model itself (git lfs pull)",
     b"<!doctype": "a web page in the model's place; the download failed",

@@ -27,6 +27,7 @@ Not read: multi-axis layers, mode 1 and 2 of Keras 1 (no fixed function), npz we
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
+from bnport.containers import HDF5_SIGNATURE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".keras", ".h5", ".hdf5", ".json")
 PACKAGES = ("keras", "tf_keras")
 
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-
 
 def recognise(head: bytes, path: str) -> bool:
     """A zip with a Keras config, HDF5 (also behind a user block), or a list of weight shards."""
@@ -49,7 +48,7 @@ def recognise(head: bytes, path: str) -> bool:
         return name.endswith(".keras") or _first_member(head) in (b"metadata.json", b"config.json", b"model.weights.h5")
     if name.endswith((".caffemodel.h5", ".mat")):
         return False
-    if any(head.startswith(_SIGNATURE, at) for at in (0, 512, 1024, 2048)):
+    if any(head.startswith(HDF5_SIGNATURE, at) for at in (0, 512, 1024, 2048)):
         return True
     if name.endswith((".h5", ".hdf5")):
         return _is_behind_block(path)
@@ -61,8 +60,8 @@ def _is_behind_block(path: str) -> bool:
     from bnport.containers.files import ReadFile
 
     file, at = ReadFile(path), 4096
-    while at + len(_SIGNATURE) <= file.size:
-        if file.pread(at, len(_SIGNATURE)) == _SIGNATURE:
+    while at + len(HDF5_SIGNATURE) <= file.size:
+        if file.pread(at, len(HDF5_SIGNATURE)) == HDF5_SIGNATURE:
             return True
         at *= 2
     return False
