@@ -93,8 +93,6 @@ class Memory:
 def _entry(node: config.Node, weights: Weights, shown: str) -> Entry:
     settings = config.settings(node, shown)
     where = f"{shown}: {printable(node.path) or printable(node.name)}"
-    if settings.mode:
-        raise FormatError(f"{where}: mode {settings.mode} of Keras 1 normalises by each batch; it is no fixed function")
     return Entry(
         node.path or node.name, where, _fetcher(node.storage, weights, settings, where, shown),
         epsilon=settings.epsilon, momentum=settings.momentum, scale=settings.scale, center=settings.center,

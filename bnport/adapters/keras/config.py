@@ -128,7 +128,6 @@ class Settings(NamedTuple):
     channels: int | None
     dtype: str | None
     notes: tuple[str, ...]
-    mode: int
 
 
 class Node:
@@ -267,7 +266,7 @@ def snake(name: str) -> str:
 
 
 def settings(node: Node, where: str) -> Settings:
-    """The checked settings of a BatchNormalization node. Raises FormatError naming the layer."""
+    """The checked settings of a BatchNormalization node. Raises FormatError naming the layer, also for one by batches."""
     config = node.config
     where = f"{where}: {printable(node.path)}"
     epsilon = momentum = None
@@ -292,6 +291,8 @@ def settings(node: Node, where: str) -> Settings:
     mode = config.get("mode", 0)  # Keras 1
     if mode not in (0, 1, 2):
         _refuse(where, "mode", "0, 1 or 2", mode)
+    if mode:
+        raise FormatError(f"{where}: mode {mode} of Keras 1 normalises by each batch; it is no fixed function")
     notes = []
     short = node.class_name.rsplit(">", 1)[-1]
     if short not in _BATCHNORM:
@@ -300,7 +301,7 @@ def settings(node: Node, where: str) -> Settings:
         )
     return Settings(
         epsilon, momentum, flags["scale"], flags["center"], flags["renorm"], _channels(node, where), _dtype(config),
-        tuple(notes), mode,
+        tuple(notes),
     )  # fmt: skip
 
 

@@ -70,11 +70,23 @@ class Entry:
             self._tensors = self.fetch()
         return self._tensors
 
+    @property
+    def applied_epsilon(self) -> float:
+        """The file's own, or the default where it holds none."""
+        return self.default_epsilon if self.epsilon is None else self.epsilon
+
+    def stores(self, *, holds_epsilon: bool) -> set[str]:
+        """What the file has a place for. `holds_epsilon`: whether it has a config, for an epsilon and a momentum."""
+        stores = {"mean", "variance"} | ({"gamma"} if self.scale else set()) | ({"beta"} if self.center else set())
+        if holds_epsilon and self.node is not None and self.form == "variance":
+            stores |= {field for field in ("epsilon", "momentum") if getattr(self, field) is not None}
+        return stores
+
     def load(self) -> dict[str, Array]:
         """The four fields (gamma, beta where there are any) in neutral terms."""
         arrays = {field: tensor.array() for field, tensor in self.tensors().items() if field in FIELDS}
         if self.form != "variance":
-            epsilon = self.default_epsilon if self.epsilon is None else self.epsilon
+            epsilon = self.applied_epsilon
             divisor = arrays["variance"].astype(np.float64)
             if self.form == "root":
                 if (divisor < 0).any():
@@ -86,24 +98,17 @@ class Entry:
         return arrays
 
     def layer(self, *, holds_epsilon: bool) -> Layer:
-        """This as a Layer. `holds_epsilon`: whether the file has a place for an epsilon and a momentum."""
-        stores = {"mean", "variance"} | ({"gamma"} if self.scale else set()) | ({"beta"} if self.center else set())
-        notes, assumed = list(self.notes), set()
-        epsilon = self.default_epsilon if self.epsilon is None else self.epsilon
+        """This as a Layer. `holds_epsilon`: as for `stores`."""
+        notes, assumed, epsilon = list(self.notes), set(), self.applied_epsilon
         if self.form != "variance":
             notes.append(f"{OUTSIDE if self.form == 'std' else 'divided by as sqrt(variance) + epsilon'}, {epsilon!r}")
             epsilon = 0.0
-        else:
-            if self.epsilon is None:
-                assumed.add("epsilon")
-            elif holds_epsilon and self.node is not None:
-                stores.add("epsilon")
-            if holds_epsilon and self.momentum is not None and self.node is not None:
-                stores.add("momentum")
+        elif self.epsilon is None:
+            assumed.add("epsilon")
         try:
             return Layer(
                 self.name, channels=self.channels, epsilon=epsilon, load=self.load, momentum=self.momentum,
-                stores=stores, assumed=assumed, dtype=self.dtype,
+                stores=self.stores(holds_epsilon=holds_epsilon), assumed=assumed, dtype=self.dtype,
                 tensors=_Tensors(self) if self.form == "variance" else None,
                 kernel=self.kernel, inputs=self.inputs, notes=notes,
             )  # fmt: skip

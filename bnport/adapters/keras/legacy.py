@@ -149,8 +149,6 @@ def _entry(part: Part, node: config.Node | None, form: str, shown: str) -> Entry
         default = 1e-6 if form != "variance" else config.EPSILON
         return Entry(part.name, where, lambda: tensors, epsilon=None, default_epsilon=default, form=form)
     settings = config.settings(node, shown)
-    if settings.mode:
-        raise FormatError(f"{where}: mode {settings.mode} of Keras 1 normalises by each batch; it is no fixed function")
     for field, there in (("gamma", settings.scale), ("beta", settings.center)):
         if there != (field in tensors):
             said = "says it has" if there else "says it has no"

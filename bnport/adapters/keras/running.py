@@ -137,18 +137,11 @@ def _from_file(
 
 
 def _built(package: Any, entry: Entry, epsilon: float | None) -> Any:
-    if epsilon is None:
-        epsilon = entry.default_epsilon
-    config: dict[str, Any] = {
-        "epsilon": epsilon if entry.epsilon is None else entry.epsilon,
-        "renorm": False,
-    }
     tensors = entry.tensors()
-    config |= {"scale": "gamma" in tensors, "center": "beta" in tensors, "dtype": entry.dtype}
+    config: dict[str, Any] = {"scale": "gamma" in tensors, "center": "beta" in tensors, "dtype": entry.dtype}
+    config["epsilon"] = epsilon if epsilon is not None and entry.epsilon is None else entry.applied_epsilon
     if "moving_stddev" in tensors:
-        config["renorm"] = True
-    else:
-        del config["renorm"]  # unknown to Keras before 3.14
+        config["renorm"] = True  # unknown to Keras before 3.14
     layer = package.layers.BatchNormalization(**config)
     layer.build((None, entry.channels))
     arrays = {field: tensor.array() for field, tensor in tensors.items()}

@@ -85,14 +85,11 @@ def _planned(contents: Contents, changes: Mapping[str, Change]) -> _Plan:
 def _add(plan: _Plan, contents: Contents, entry: Entry, change: Change) -> None:
     """Check one change and add it to the plan."""
     where, record = entry.where, change.record
-    stores = {"mean", "variance"} | ({"gamma"} if entry.scale else set()) | ({"beta"} if entry.center else set())
-    if contents.holds_epsilon and entry.node is not None:
-        stores |= {f for f in ("epsilon", "momentum") if getattr(entry, f) is not None}
-    lacking = change.fields - stores
-    if lacking:
-        raise InvalidValue(f"{where}: the file has no place for {listed(sorted(lacking))} of this layer")
     if entry.form != "variance" and change.fields & {"variance", "epsilon"}:
         raise FormatError(f"{where}: this file keeps a standard deviation (Keras 1); it is read, not written")
+    lacking = change.fields - entry.stores(holds_epsilon=contents.holds_epsilon)
+    if lacking:
+        raise InvalidValue(f"{where}: the file has no place for {listed(sorted(lacking))} of this layer")
     tensors = entry.tensors()
     for field in FIELDS:
         if field in change.fields:
@@ -105,7 +102,7 @@ def _add(plan: _Plan, contents: Contents, entry: Entry, change: Change) -> None:
     if new and entry.node is not None:
         plan.settings[_number(contents, entry.node)] = new
     if "moving_stddev" in tensors:
-        epsilon = new.get("epsilon", entry.default_epsilon if entry.epsilon is None else entry.epsilon)
+        epsilon = new.get("epsilon", entry.applied_epsilon)
         for field, array in renorm_arrays(record, epsilon, change.fields).items():
             plan.arrays.append((tensors[field], _encoded(array, tensors[field], f"{where}: {field}")))
 
