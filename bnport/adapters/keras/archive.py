@@ -154,11 +154,12 @@ def _fetcher(
 def _with_hidden(root: config.Node, weights: Weights, shown: str, absent: Absent | None) -> list[Entry]:
     """The layers of a model with custom layers, whose configs need not mention what is in them, nor where it lies."""
     from bnport.adapters.keras import inside
+    from bnport.adapters.keras.weights import unique
 
     joined = inside.join(root, weights.store, shown)
     nodes = [node for node in root.walk() if node.is_batchnorm and id(node) not in joined.open]
     entries = [_entry(node, weights, shown) for node in nodes]
-    names = inside.unique((e.name for e in entries), (), (node.storage or node.name for node in nodes))
+    names = unique((e.name for e in entries), (node.storage or node.name for node in nodes))
     for entry, node, name in zip(entries, nodes, names, strict=True):
         entry.name, entry.notes = name, (*entry.notes, *joined.notes.get(id(node), ()))
     for path, alike in joined.alike.items():
@@ -175,15 +176,14 @@ def _with_hidden(root: config.Node, weights: Weights, shown: str, absent: Absent
 
 def _hidden(known: list[Entry], alike: Iterable[str], store: Store, shown: str, absent: Absent | None) -> list[Entry]:
     """The layers that are found by their arrays alone."""
-    from bnport.adapters.keras.inside import unique
-    from bnport.adapters.keras.weights import scan
+    from bnport.adapters.keras.weights import scan, unique
 
     paths = {store.h5.root.path} | {f"{entry.node.storage}/vars" for entry in known if entry.node is not None}
     listed_ = {group.path for entry in known if entry.node and (group := store.variables(entry.node.storage))}
     skip = {p.replace("\\", "/") for p in paths | listed_} | {f"{path}/vars" for path in alike}
     found, _ = scan(store, shown, absent, skip=skip)
     taken = [entry.name for entry in known]
-    names = unique((each.name for each in found), taken, (each.path.removesuffix("/vars") for each in found))
+    names = unique((each.name for each in found), (each.path.removesuffix("/vars") for each in found), taken)
     for each, name in zip(found, names, strict=True):
         each.name = name
     return [_hidden_entry(each, shown) for each in found]

@@ -13,8 +13,6 @@ from bnport.adapters.keras.weights import arrays, named, order
 from bnport.errors import FormatError, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from bnport.adapters.keras.config import Node, Settings
     from bnport.adapters.keras.weights import Store
     from bnport.containers.hdf5 import Group, H5Tensor
@@ -144,9 +142,3 @@ def alike_note(alike: Alike) -> str:
         f"lies inside a custom layer, and is one of {listed(alike.names, 4)}, all with the same settings; the file does not"
         " say which, so epsilon and momentum stay as they are"
     )
-
-
-def unique(names: Iterable[str], taken: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The names, those that occur twice or are taken replaced by the paths."""
-    names, used = list(names), set(taken)
-    return [p if name in used or names.count(name) > 1 else name for name, p in zip(names, paths, strict=True)]

@@ -136,10 +136,10 @@ class Found:
 
     __slots__ = ("name", "notes", "own_name", "path", "tensors")
 
-    def __init__(
-        self, path: str, name: str, own_name: str | None, tensors: dict[str, H5Tensor], notes: tuple[str, ...]
-    ) -> None:
-        self.path, self.name, self.own_name, self.tensors, self.notes = path, name, own_name, tensors, notes
+    def __init__(self, path: str, name: str, own_name: str | None) -> None:
+        self.path, self.name, self.own_name = path, name, own_name
+        self.tensors: dict[str, H5Tensor] = {}
+        self.notes: tuple[str, ...] = ()
 
 
 def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = ()) -> tuple[list[Found], list[str]]:
@@ -149,33 +149,8 @@ def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = 
     say: Question, unless `absent` does for that layer. Two are one only where the path says so:
     LayerNormalization has two as well. `skip`: paths that are known to be something else.
     """
-    names: dict[str, str | None] = {}
-    candidates: list[tuple[Found, list[H5Tensor]]] = []
-    two: list[str] = []
-    skipped = set(skip)
-    for path, group in store.walk():
-        if path != "vars" and not path.endswith("/vars"):
-            continue
-        layer = path[: -len("/vars")] if path != "vars" else ""
-        own = group.attribute("name")
-        names[layer] = own if isinstance(own, str) else None
-        if path in skipped or len(group.names()) not in (2, 3, 4, 6, 7, 5):
-            continue
-        tensors = arrays(group)
-        count = len(tensors)
-        if any(len(t.shape) != 1 or t.shape != tensors[0].shape or not t.shape[0] for t in tensors):
-            continue
-        if any(t.dtype not in UNIT_ROUNDOFF for t in tensors):
-            continue
-        words = f"{layer.rsplit('/', 1)[-1]} {names[layer] or ''}"
-        if count == 2 and "batch_normalization" not in words:
-            two.append(layer)
-        elif count in (2, 4, 7) or _NORM.search(words):
-            candidates.append((Found(path, layer, names[layer], {}, ()), tensors))
+    candidates, two = _candidates(store, set(skip))
     found = [each for each, _ in candidates]
-    for each in found:
-        each.name = _name(each.name, names)
-    _unique_names(found)
     unclear = []
     for each, tensors in candidates:
         count = len(tensors)
@@ -209,6 +184,38 @@ def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = 
     return found, notes
 
 
+def _candidates(store: Store, skip: set[str]) -> tuple[list[tuple[Found, list[H5Tensor]]], list[str]]:
+    """Groups whose arrays may be BatchNormalization's, each with a name of its own; and layers of two arrays that are not."""
+    names: dict[str, str | None] = {}
+    candidates: list[tuple[Found, list[H5Tensor]]] = []
+    two: list[str] = []
+    for path, group in store.walk():
+        if path != "vars" and not path.endswith("/vars"):
+            continue
+        layer = path[: -len("/vars")] if path != "vars" else ""
+        own = group.attribute("name")
+        names[layer] = own if isinstance(own, str) else None
+        if path in skip or not 2 <= len(group.names()) <= 7:
+            continue
+        tensors = arrays(group)
+        count = len(tensors)
+        if any(len(t.shape) != 1 or t.shape != tensors[0].shape or not t.shape[0] for t in tensors):
+            continue
+        if any(t.dtype not in UNIT_ROUNDOFF for t in tensors):
+            continue
+        words = f"{layer.rsplit('/', 1)[-1]} {names[layer] or ''}"
+        if count == 2 and "batch_normalization" not in words:
+            two.append(layer)
+        elif count in (2, 4, 7) or _NORM.search(words):
+            candidates.append((Found(path, layer, names[layer]), tensors))
+    full = [_name(each.name, names) for each, _ in candidates]
+    for (each, _), name in zip(
+        candidates, unique(full, (each.path.removesuffix("/vars") for each, _ in candidates)), strict=True
+    ):
+        each.name = name
+    return candidates, two
+
+
 def _name(layer: str, names: dict[str, str | None]) -> str:
     """The names that Keras >= 3.6 stores, outer/inner; the path where one is missing."""
     parts: list[str] = []
@@ -225,13 +232,13 @@ def _name(layer: str, names: dict[str, str | None]) -> str:
     return "/".join(parts) or layer
 
 
-def _unique_names(found: list[Found]) -> None:
+def unique(names: Iterable[str], paths: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names, those that occur twice or are taken replaced by the paths."""
+    names, used = list(names), set(taken)
     count: dict[str, int] = {}
-    for each in found:
-        count[each.name] = count.get(each.name, 0) + 1
-    for each in found:
-        if count[each.name] > 1:
-            each.name = each.path.removesuffix("/vars")
+    for name in names:
+        count[name] = count.get(name, 0) + 1
+    return [p if name in used or count[name] > 1 else name for name, p in zip(names, paths, strict=True)]
 
 
 def shards(text: object, where: str) -> list[str]:
