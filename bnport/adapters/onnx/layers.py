@@ -270,6 +270,11 @@ def affine_of(found: Found, source: str) -> tuple[Known, Known]:
 # ---- names
 
 
+def named(all_found: list[Found]) -> dict[str, Found]:
+    """The layers by name."""
+    return dict(zip(names(all_found), all_found, strict=True))
+
+
 def names(all_found: list[Found]) -> list[str]:
     """A name for each layer, unique: PyTorch's module path where the file says it; else the node's name, else its output.
 

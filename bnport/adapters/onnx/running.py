@@ -28,15 +28,8 @@ def run_layer(opened: Model, layer: str, x: Array) -> dict[str, Array]:
     Raises NotFound, InvalidValue for a layer without stored numbers or a type that onnxruntime's CPU engine lacks, and
     MissingDependency.
     """
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependency(
-            f"onnx and onnxruntime are needed to run a layer: pip install bnport[onnx] ({error})"
-        ) from None
-    found = walk.Walk(opened)
-    named = dict(zip(layers.names(found.found), found.found, strict=True))
+    onnx, onnxruntime = libraries()
+    named = layers.named(walk.Walk(opened).found)
     if layer not in named:
         raise NotFound(f"{printable(opened.source)}: no layer {printable(layer)!r}; {listed(named)}")
     make = _affine_model if named[layer].affine else _model
@@ -52,6 +45,18 @@ def run_layer(opened: Model, layer: str, x: Array) -> dict[str, Array]:
             f"{printable(opened.source)}: {printable(layer)}: onnxruntime: {printable(first_line(error))}"
         ) from None
     return {f"onnxruntime {onnxruntime.__version__}": y}
+
+
+def libraries() -> tuple[Any, Any]:
+    """onnx and onnxruntime, or MissingDependency."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency(
+            f"onnx and onnxruntime are needed to run a model: pip install 'bnport[onnx]' ({error})"
+        ) from None
+    return onnx, onnxruntime
 
 
 def _input_dtype(session: Any) -> Any:

@@ -6,6 +6,7 @@ which parameter a value is; the name of an initializer proves nothing (exporters
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, np
@@ -48,12 +49,7 @@ class Known(NamedTuple):
     @property
     def size(self) -> int | None:
         """How many numbers; None for one value to be repeated."""
-        if self.shape is None:
-            return None
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return None if self.shape is None else math.prod(self.shape)
 
 
 class Unknown(NamedTuple):
@@ -265,11 +261,9 @@ def _expand(scope: Scope, node: Node, steps: int) -> Known | Unknown:
 def _filled(
     scope: Scope, node: Node, dtype: str, shape: tuple[int, ...], value: Callable[[], Array]
 ) -> Known | Unknown:
-    total = 1
-    for length in shape:
-        total *= length
     if any(length < 0 for length in shape):
         raise _bad(scope, f"node {printable(node.shown)!r} makes the impossible shape {list(shape)}")
+    total = math.prod(shape)
     if total > 1 << 24:  # nothing is allocated for a size that somebody only declared
         return Unknown(f"is one value repeated {total} times (node {printable(node.shown)!r})")
     return Known(dtype, shape, lambda: np.broadcast_to(value().reshape(()), shape).copy())

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.onnx import layers, walk
-from bnport.errors import InvalidValue, MissingDependency, NotFound, first_line, printable
+from bnport.adapters.onnx.running import libraries
+from bnport.errors import InvalidValue, NotFound, first_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +25,9 @@ def tap(opened: Model, source: Any, x: Array, each: Callable[[str, Array, Array,
     Inputs and outputs come channel-last, shape (..., C). Optimisations are off, so nothing is folded away. Layers inside
     functions and subgraphs have no outputs of their own and are not reported.
     """
-    onnx, onnxruntime = _libraries()
+    onnx, onnxruntime = libraries()
     found = walk.Walk(opened)
-    named = dict(zip(layers.names(found.found), found.found, strict=True))
+    named = layers.named(found.found)
     places = {name: _ends(each_) for name, each_ in named.items() if each_.scope is found.main}
     if not places:
         raise NotFound(f"{printable(opened.source)}: no BatchNorm layer in its main graph to trace")
@@ -59,17 +60,6 @@ def tap(opened: Model, source: Any, x: Array, each: Callable[[str, Array, Array,
     return [values[name] for name in originals]
 
 
-def _libraries() -> tuple[Any, Any]:
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependency(
-            f"onnx and onnxruntime are needed to trace: pip install bnport[onnx] ({error})"
-        ) from None
-    return onnx, onnxruntime
-
-
 def _ends(found: Found) -> tuple[str, str]:
     """The names of a layer's input and output."""
     start = found.node.inputs[0] if found.affine is None else found.affine.x
@@ -82,7 +72,7 @@ def _last(array: Array) -> Array:
 
 def input_shape(source: Any) -> tuple[int | None, ...] | None:
     """The shape the model declares for its one input; None where it declares none or several."""
-    onnx, _ = _libraries()
+    onnx, _ = libraries()
     proto = onnx.load(source, load_external_data=False) if isinstance(source, str) else source
     initializers = {tensor.name for tensor in proto.graph.initializer}
     free = [value for value in proto.graph.input if value.name not in initializers]

@@ -6,6 +6,7 @@ model's own folder; never in two of them.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 
@@ -24,11 +25,11 @@ DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int3
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 EXTERNAL = 1  # data_location
 
-# field number -> the data types that may be stored in it
-_IN_FLOAT_DATA, _IN_INT32_DATA, _IN_INT64_DATA, _IN_DOUBLE_DATA, _IN_UINT64_DATA = (
-    {"float32"}, {"int32", "int16", "int8", "uint16", "uint8", "bool", "float16", "bfloat16"}, {"int64"}, {"float64"},
-    {"uint32", "uint64"},
-)  # fmt: skip
+# where numbers lie (a form, or the field number of integers) -> the data types that may
+_ALLOWED: dict[str | int, set[str]] = {
+    "floats": {"float32"}, "doubles": {"float64"},
+    5: {"int32", "int16", "int8", "uint16", "uint8", "bool", "float16", "bfloat16"}, 7: {"int64"}, 11: {"uint32", "uint64"},
+}  # fmt: skip
 MOST_DIMENSIONS = 64
 _NO_INTEGERS: dict[int, list[tuple[int, Value]]] = {}  # shared by the many tensors that have none
 _NOT_OUTSIDE: dict[str, str] = {}
@@ -99,10 +100,7 @@ class Stored:
     @property
     def size(self) -> int:
         """How many numbers its dimensions declare."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return math.prod(self.shape)
 
     @property
     def form(self) -> str:
@@ -130,9 +128,7 @@ class Stored:
         """The numbers, checked to be there in full (no number is read); `folder` is where external data may lie."""
         form, dtype = self.form, self.dtype
         nbytes = self.size * ITEM_SIZE[dtype]
-        allowed = {"floats": _IN_FLOAT_DATA, "doubles": _IN_DOUBLE_DATA}.get(form)
-        if allowed is not None and dtype not in allowed:
-            raise self._bad(f"of {dtype} holds its numbers in a field for {', '.join(sorted(allowed))}")
+        self._check_place(form)
         if form == "external":
             return self._outside(folder, nbytes)
         if form == "ints":
@@ -146,17 +142,20 @@ class Stored:
         self._check(numbers.nbytes, nbytes)
         return Tensor(self.shown, dtype, self.shape, numbers.read)
 
+    def _check_place(self, place: str | int) -> None:
+        allowed = _ALLOWED.get(place)
+        if allowed is not None and self.dtype not in allowed:
+            raise self._bad(f"of {self.dtype} holds its numbers in a field for {', '.join(sorted(allowed))}")
+
     def _check(self, found: int, expected: int) -> None:
         if found != expected:
             raise self._bad(f"of shape {list(self.shape)} should be {expected} bytes, {found} are there")
 
     def _integers(self) -> bytes:
         """int32_data and int64_data; 16-bit floats lie in int32_data as their bit patterns."""
-        fields = {5: _IN_INT32_DATA, 7: _IN_INT64_DATA, 11: _IN_UINT64_DATA}
         values: list[int] = []
         for number, occurrences in self.ints.items():
-            if self.dtype not in fields[number]:
-                raise self._bad(f"of {self.dtype} holds its numbers in a field for {', '.join(sorted(fields[number]))}")
+            self._check_place(number)
             for wire, value in occurrences:
                 values += varints(self.place.buffer, wire, value, min(self.size, MOST_INTEGERS))
                 if len(values) > MOST_INTEGERS:

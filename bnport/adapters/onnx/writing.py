@@ -84,7 +84,7 @@ class _Plan:
     def __init__(self, opened: Model) -> None:
         self.model = opened
         self.walk = walk.Walk(opened)
-        self.found = dict(zip(layers.names(self.walk.found), self.walk.found, strict=True))
+        self.found = layers.named(self.walk.found)
         self.uses = self._uses()
         self.taken = {name for scope in self.walk.scopes for name in (*scope.graph.names, *scope.producers)}
         self.taken.update(name for scope in self.walk.scopes for name in scope.graph.inputs)
