@@ -115,14 +115,14 @@ def test_a_sparse_archive_of_more_than_four_gibibytes_is_read_without_reading_it
         file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 2, 2, *[0xFFFFFFFF] * 2, 0))
     with zipfile.ZipFile(path) as oracle:
         assert oracle.read("after") == b"after it"
-    started = time.perf_counter()
+    started = time.process_time()
     archive = archive_at(path)
     assert archive.read("after") == b"after it"
     assert archive.members["big"].size == size
     assert archive.pread("big", size - 3, 3) == b"\0\0\0"
     with pytest.raises(FormatError, match="at most"):
         archive.read("big")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_an_archive_comment_and_data_descriptors_are_understood(tmp_path):
