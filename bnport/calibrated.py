@@ -15,9 +15,8 @@ from bnport import adapters
 from bnport.calibrate.checkpoint import delete
 from bnport.calibrate.file import check_files, data_files
 from bnport.containers.files import TEMPORARY
-from bnport.convert import convert, pair
+from bnport.convert import convert, frozen, pair
 from bnport.errors import InvalidValue, Unrepresentable, listed, printable
-from bnport.layer import Layers
 from bnport.match.contents import digest
 from bnport.outcome import paths
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from bnport.calibrate.result import Calibration
-    from bnport.layer import Layer
+    from bnport.layer import Layer, Layers
     from bnport.record import Array
     from bnport.verify import Report
 
@@ -72,7 +71,6 @@ def convert_calibrated(
     if out is not None and not live:
         check_files(os.fspath(out), force, [*sources.files, *targets.files], (calibration or {}).get("resume"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
-    match.raise_if_bad()
     chosen = {t: s for t, s in match.pairs.items() if sources[s].without} or dict(match.pairs)
     _check_held(sources, targets, chosen)
     arrays = {s: targets[t].arrays() for t, s in chosen.items()}
@@ -96,14 +94,13 @@ def convert_calibrated(
     if live:
         from bnport.calibrate.run import calibrate
 
-        before = {name: layer.but(load=_kept(layer)) for name, layer in targets.items()}
+        before = frozen(targets)
         try:
             convert(started, target, **pairing, run=False)
             result = calibrate(target, data, **calibration)
             return finish(result)
         except BaseException:
-            as_it_was = Layers(before.values(), source="the model as it was", format=targets.format)
-            convert(as_it_was, target, map={name: name for name in before}, run=False)
+            convert(before, target, map={name: name for name in before}, run=False)
             raise
     else:
         from bnport.calibrate.file import calibrate_file
@@ -125,11 +122,6 @@ def _check_held(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> N
                     f"{printable(target)}: has no {field}, and the source's {field} is not {neutral}; with statistics from"
                     f" data it cannot be absorbed. Use a target whose layer has a {field}"
                 )
-
-
-def _kept(layer: Layer) -> Callable[[], Mapping[str, Array]]:
-    arrays = {field: array.copy() for field, array in layer.arrays().items()}
-    return lambda: arrays
 
 
 def _other_weights(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> list[str]:

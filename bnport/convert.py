@@ -23,6 +23,7 @@ from bnport.verify import Report, compare
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from bnport.adapters import Adapter
     from bnport.engines import Engine
     from bnport.layer import Layer
     from bnport.match import Match
@@ -74,30 +75,17 @@ def convert(
         raise InvalidValue(f"momentum: expected 'keep' or 'port', got {momentum!r:.60}")
     fields = chosen(only)
     path = path_of(target)
-    if path is None and out is not None:
-        raise InvalidValue("out: a live target is written in place; leave out away, and save the model yourself")
-    if path is not None and out is None and not (dry_run or in_place):
-        raise InvalidValue("out: name the file to make; the target file itself is not changed without in_place")
-    if in_place and (path is None or out is not None):
-        raise InvalidValue("in_place: is for a target that is a file, without out")
-    destination = path if in_place else None if out is None else os.fspath(out)
     inputs = [p for p in (path_of(source), path) if p is not None]
-    if destination is not None and not dry_run:
-        if in_place:
-            check_changeable(destination, inputs[:-1])
-        else:
-            check_output(destination, force=force, inputs=inputs)
-            adapters.check_suffix(destination, path or "", source=path_of(source) or "")
+    destination = _destination(source, target, out, in_place=in_place, dry_run=dry_run, force=force)
 
     digests = {p: Digest(p) for p in paths(source)}  # computed while everything else goes on
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     if targets.read_only:
         raise FormatError(targets.read_only)
-    if destination is not None and not dry_run and not in_place:
+    if destination is not None and not in_place:
         check_output(destination, force=force, inputs=[*sources.files, *targets.files])
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
-    match.raise_if_bad()
     changes, notes = plan(sources, targets, match.pairs, fields=fields, momentum=momentum)
 
     report = Outcome(sources, targets, match, changes, notes, partial=fields != set(WRITABLE), digests=digests)
@@ -110,18 +98,14 @@ def convert(
     if path is None:
         if not hasattr(adapter, "apply"):
             raise InvalidValue(f"{targets.source}: bnport cannot write into a live {targets.format} object")
-        report.targets = targets = _frozen(targets)
+        report.targets = frozen(targets)
         engine = None if run is False else engine_of(adapter, target, epsilon=target_epsilon, options=target_options)
-        adapter.apply(target, changes)
-        try:
+
+        def check_live() -> Report:
             again = adapter.read_back(target) if hasattr(adapter, "read_back") else adapters.read(target, **reading)
-            result = report.written(_frozen(again), None, engine, progress, original, run is not False)
-        except BaseException:
-            adapter.apply(target, _as_they_were(targets, changes))
-            raise
-        if not result.ok:
-            adapter.apply(target, _as_they_were(targets, changes))
-        return result
+            return report.written(frozen(again), None, engine, progress, original, run is not False)
+
+        return _into_live(adapter, target, changes, report.targets, check_live)
     if not hasattr(adapter, "patches" if in_place else "write"):
         what = "change them in place" if in_place else "write them"
         raise InvalidValue(f"{printable(path)}: bnport reads {targets.format} files but does not {what}")
@@ -144,11 +128,53 @@ def convert(
 
     with contextlib.suppress(_NotTheSame):
         if in_place:
-            report.targets = _frozen(targets)
+            report.targets = frozen(targets)
             change(path, adapter.patches(path, changes, **writing), lambda: check(path))
         else:
             replace_file(destination, build, check, force=force, inputs=inputs)
     return results[0]
+
+
+def _destination(
+    source: Any, target: Any, out: str | os.PathLike[str] | None, *, in_place: bool, dry_run: bool, force: bool
+) -> str | None:
+    """The path that will be written to, checked before any work is done; None for a live target or a dry run."""
+    path, source_path = path_of(target), path_of(source)
+    if path is None and out is not None:
+        raise InvalidValue("out: a live target is written in place; leave out away, and save the model yourself")
+    if path is not None and out is None and not (dry_run or in_place):
+        raise InvalidValue("out: name the file to make; the target file itself is not changed without in_place")
+    if in_place and (path is None or out is not None):
+        raise InvalidValue("in_place: is for a target that is a file, without out")
+    if path is None or dry_run:
+        return None
+    sources = [] if source_path is None else [source_path]
+    if in_place:
+        check_changeable(path, sources)
+        return path
+    assert out is not None
+    check_output(os.fspath(out), force=force, inputs=[*sources, path])
+    adapters.check_suffix(os.fspath(out), path, source=source_path or "")
+    return os.fspath(out)
+
+
+def _into_live(
+    adapter: Adapter, model: Any, changes: Mapping[str, Change], before: Layers, check: Callable[[], Report]
+) -> Report:
+    """Write the changes, and what `check` reports then; the model holds what it held `before` unless that is well."""
+
+    def put_back() -> None:
+        adapter.apply(model, {n: Change(before[n].record, c.fields, before[n].momentum) for n, c in changes.items()})
+
+    adapter.apply(model, changes)
+    try:
+        report = check()
+    except BaseException:
+        put_back()
+        raise
+    if not report.ok:
+        put_back()
+    return report
 
 
 class _NotTheSame(Exception):
@@ -177,7 +203,6 @@ def verify(
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
-    match.raise_if_bad()
     layers = compare(sources, targets, match.pairs)
     not_run: list[str] = []
     explicit = run is True
@@ -249,10 +274,12 @@ def pair(
     skip: Iterable[str] = (),
     only_under: str | None = None,
 ) -> Match:
-    """Which source layer belongs to which target layer: bnport.match.match with both sides' names in its errors."""
+    """Which source layer belongs to which target layer: bnport.match.match, and MatchError unless every layer has its pair."""
     from bnport.match import match
 
-    return match(sources, targets, map=map, skip=skip, only_under=only_under)
+    found = match(sources, targets, map=map, skip=skip, only_under=only_under)
+    found.raise_if_bad()
+    return found
 
 
 def _source_engine(source: Any, epsilon: float | None, options: Mapping[str, Any] | None) -> Engine | None:
@@ -263,7 +290,7 @@ def _source_engine(source: Any, epsilon: float | None, options: Mapping[str, Any
     return engine_of(adapter, source, epsilon=epsilon, options=options)
 
 
-def _frozen(layers: Layers) -> Layers:
+def frozen(layers: Layers) -> Layers:
     """The layers of a live object with their numbers as they are now, before anything is written into it."""
 
     def kept(layer: Layer) -> Layer:
@@ -271,8 +298,3 @@ def _frozen(layers: Layers) -> Layers:
         return layer.but(load=lambda: arrays)
 
     return layers.but(kept(layer) for layer in layers.values())
-
-
-def _as_they_were(before: Layers, changes: Mapping[str, Change]) -> dict[str, Change]:
-    """The changes that put a live object back."""
-    return {name: Change(before[name].record, change.fields, before[name].momentum) for name, change in changes.items()}

@@ -38,6 +38,5 @@ def explain(
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(ported, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
-    match.raise_if_bad()
     live = not isinstance(ported, str | os.PathLike)
     return explain_layers(sources, targets, match.pairs, live=live, command_options=command_options, progress=progress)

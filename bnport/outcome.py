@@ -156,11 +156,7 @@ def left(match: Match) -> dict[str, tuple[str, ...]]:
 
 def with_evidence(layers: Mapping[str, LayerReport], match: Match) -> list[LayerReport]:
     """The reports, each with why its source layer belongs to its target layer."""
-    return [layer._replace(evidence=_words(match.evidence.get(name, ""))) for name, layer in layers.items()]
-
-
-def _words(evidence: object) -> str:
-    return evidence if isinstance(evidence, str) else "; ".join(str(e) for e in evidence)  # type: ignore[attr-defined]
+    return [layer._replace(evidence="; ".join(match.evidence.get(name, ()))) for name, layer in layers.items()]
 
 
 def _as_layer(layer: Layer, record: BatchNorm) -> Layer:
