@@ -19,7 +19,7 @@ from bnport.record import FIELDS, BatchNorm
 from bnport.rounding import UNDERFLOW, UNIT_ROUNDOFF, round_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import Any, TypeAlias
 
     from bnport.layer import Change, Layer
@@ -285,27 +285,18 @@ def _bits(expected: Array | None, found: Array | None) -> Array:
     return different
 
 
-def check_run(
-    reference: BatchNorm, held: BatchNorm, engine: Callable[[Array], Mapping[str, Array]], *, dtype: str = "float32"
+def check_outputs(
+    reference: BatchNorm, held: BatchNorm, x: Array, outputs: Mapping[str, Array], *, dtype: str
 ) -> tuple[Check, ...]:
-    """A real layer's outputs at the probes against `reference`, for each way that the engine was called.
+    """A real layer's outputs against `reference`, for each way that its engine was called.
 
     held: the values in the layer under test (already rounded to `dtype`); its bound and storage term apply.
-    engine: x of shape (probes, C) float32 -> {way: y of the same shape}. A 16-bit y means that the engine rounded x and y.
+    outputs: way -> y, what it gave for x of shape (N, C) as float32. A 16-bit y means that the engine rounded x and y.
     """
-    x = held.probes("float32")
-    return check_outputs(reference, held, x, engine(x.astype(np.float32)), dtype=dtype)
-
-
-def check_outputs(
-    reference: BatchNorm, held: BatchNorm, x: Array, outputs: Mapping[str, Array], *, dtype: str = "float32"
-) -> tuple[Check, ...]:
-    """check_run for outputs that are there already: way -> what the layer under test gave for x of shape (N, C)."""
     checks = []
     for way, y in outputs.items():
-        narrow = output_dtype(y, dtype)
-        seen = round_to(x, narrow)
-        bound = held.error_bound(seen, output_dtype=narrow) + held.storage_bound(seen, dtype=dtype)
+        seen = round_to(x, output_dtype(y, dtype))
+        bound = _output_bound(held, dtype, seen, y)
         checks.append(_at_worst(way, np.asarray(y, np.float64), reference(seen), bound, seen))
     return tuple(checks)
 
@@ -321,16 +312,18 @@ def check_between(
     record_a, dtype_a, outputs_a = one
     record_b, dtype_b, outputs_b = other
     way_a, y_a = next(iter(outputs_a.items()))
-    bound_a = record_a.error_bound(x, output_dtype=output_dtype(y_a, dtype_a)) + record_a.storage_bound(
-        x, dtype=dtype_a
-    )
+    bound_a = _output_bound(record_a, dtype_a, x, y_a)
     checks = []
     for way, y in outputs_b.items():
-        bound = bound_a + record_b.error_bound(x, output_dtype=output_dtype(y, dtype_b))
-        bound = bound + record_b.storage_bound(x, dtype=dtype_b)
+        bound = bound_a + _output_bound(record_b, dtype_b, x, y)
         found, expected = np.asarray(y, np.float64), np.asarray(y_a, np.float64)
         checks.append(_at_worst(f"{way} against {way_a}", found, expected, bound, x))
     return tuple(checks)
+
+
+def _output_bound(held: BatchNorm, stored: str, x: Array, y: Array) -> Array:
+    """How far a correct engine that gave y for x may be from the formula, for a layer that stores `held` as `stored`."""
+    return held.error_bound(x, output_dtype=output_dtype(y, stored)) + held.storage_bound(x, dtype=stored)
 
 
 def output_dtype(y: Array, stored: str) -> str:

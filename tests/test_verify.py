@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bnport.layer import Change, Layers
 from bnport.record import FIELDS, BatchNorm
 from bnport.report import as_text
-from bnport.verify import BOUNDED, DIFFERENT, EXACT, INVALID, Report, check_bits, check_run, compare, with_checks
+from bnport.verify import BOUNDED, DIFFERENT, EXACT, INVALID, Report, check_bits, check_outputs, compare, with_checks
 
 from .making import layer_of, layers_of, telling
 
@@ -139,6 +139,12 @@ def test_check_bits_sees_a_single_flipped_bit():
     assert "variance" in notes[0]
 
 
+def ran(reference, held, engine, dtype="float32"):
+    """The checks of what `engine` (x -> {way: y}) gives at the probes."""
+    x = held.probes("float32")
+    return check_outputs(reference, held, x, engine(x.astype(np.float32)), dtype=dtype)
+
+
 def test_a_run_is_judged_per_way_of_calling():
     bn = telling()
 
@@ -146,7 +152,7 @@ def test_a_run_is_judged_per_way_of_calling():
         right = bn(x).astype(np.float32)
         return {"model(x)": right, "predict": bn.replace(epsilon=1e-3)(x).astype(np.float32)}
 
-    good, stale = check_run(bn, bn, engine)
+    good, stale = ran(bn, bn, engine)
     assert good.ok
     assert not stale.ok
     assert stale.name == "predict"
@@ -157,8 +163,8 @@ def test_a_run_is_judged_per_way_of_calling():
 
 def test_a_run_that_gives_nan_or_another_shape_is_different():
     bn = telling()
-    assert not check_run(bn, bn, lambda x: {"nan": np.full(x.shape, np.nan, np.float32)})[0].ok
-    assert not check_run(bn, bn, lambda x: {"shape": np.zeros((1, 1), np.float32)})[0].ok
+    assert not ran(bn, bn, lambda x: {"nan": np.full(x.shape, np.nan, np.float32)})[0].ok
+    assert not ran(bn, bn, lambda x: {"shape": np.zeros((1, 1), np.float32)})[0].ok
 
 
 def test_a_report_prints_itself_and_is_plain_json():
@@ -221,9 +227,7 @@ def test_a_mean_too_small_for_float16_is_bounded_and_within_the_real_layers_boun
     held = Layers([layer_of(fitted, "b").but(dtype="float16")], source="made", format="made")
     assert compare(layers_of({"a": bn}), held, {"b": "a"})["b"].status == BOUNDED
     layer = _keras_layer(fitted, "float16", 1e-3)
-    checks = check_run(
-        bn, fitted, lambda x: {"call": np.asarray(layer(x.astype(np.float16), training=False))}, dtype="float16"
-    )
+    checks = ran(bn, fitted, lambda x: {"call": np.asarray(layer(x.astype(np.float16), training=False))}, "float16")
     assert all(check.ok for check in checks)
     # the same distance is a mistake where the dtype could have held the mean
     held = Layers([layer_of(fitted, "b")], source="made", format="made")
