@@ -264,7 +264,7 @@ class BatchNorm:
         zeros = np.zeros(slope.shape, slope.dtype)
         if epsilon < 1:
             return cls(
-                gamma=slope, beta=intercept, mean=zeros, variance=zeros + (1 - np.float64(epsilon)), epsilon=epsilon
+                gamma=slope, beta=intercept, mean=zeros, variance=np.full(slope.shape, 1 - epsilon), epsilon=epsilon
             )
         gamma = slope.astype(np.float64) * math.sqrt(1 + epsilon)
         return cls(gamma=gamma, beta=intercept, mean=zeros, variance=zeros + 1, epsilon=epsilon)
