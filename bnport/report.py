@@ -34,6 +34,11 @@ def number(value: float) -> str:
     return "0" if value == 0 else f"{value:.3g}"
 
 
+def finite(value: float) -> float | None:
+    """The number for JSON, which has no infinity and no NaN: None for those."""
+    return value if math.isfinite(value) else None
+
+
 def as_text(report: Report) -> str:
     """The report for a person: one line a layer, then what was assumed, what was not run, and the verdict last."""
     parts = []
@@ -127,4 +132,4 @@ def as_dict(report: Report) -> dict[str, Any]:
 
 def _check(check: Check) -> dict[str, Any]:
     values = {**check._asdict(), "ok": check.ok}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return {k: finite(v) if isinstance(v, float) else v for k, v in values.items()}

@@ -86,7 +86,7 @@ class ImageFolder:
         self.channels_first, (height, width, channels) = _input(live)
         if size is None:
             if height is None or width is None:
-                raise Question(f"{live.what}: its input has no fixed size; say which with size (--size HEIGHT,WIDTH)")
+                raise Question(f"{live.what}: its input has no fixed size; say which with size (--size HEIGHTxWIDTH)")
             size = (height, width)
         self.size = _checked_size(size)
         modes = {1: "grayscale", 3: "rgb", 4: "rgba"}

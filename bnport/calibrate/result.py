@@ -93,8 +93,10 @@ class Calibration:
                 return layer
         raise KeyError(name)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; statistics as lists, None where an old one is NaN or infinite, which JSON does not have."""
+        from bnport.report import finite
+
         names = ("old_mean", "old_variance", "mean", "variance")
         return {
             "model": self.model,
@@ -112,9 +114,9 @@ class Calibration:
                     "name": layer.name,
                     "channels": layer.channels,
                     "numbers_per_channel": layer.n,
-                    "largest_mean_shift": _finite(layer.shift),
-                    "std_ratio": [_finite(value) for value in layer.scales],
-                    **{name: [_finite(value) for value in getattr(layer, name)] for name in names},
+                    "largest_mean_shift": finite(layer.shift),
+                    "std_ratio": [finite(value) for value in layer.scales],
+                    **{name: [finite(value) for value in getattr(layer, name).tolist()] for name in names},
                 }
                 for layer in self.layers
             ],
@@ -147,7 +149,3 @@ class Calibration:
 
     def __repr__(self) -> str:
         return f"<Calibration of {len(self.layers)} layers by {self.method}>"
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -67,7 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", metavar="URL", help="the Dask scheduler or Ray cluster that --engine joins")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     group = parser.add_argument_group("how images are read")
-    group.add_argument("--size", metavar="HEIGHT,WIDTH", help="resize to this (default: the model's input size)")
+    group.add_argument("--size", metavar="HxW", help="resize to this (default: the model's input size)")
     group.add_argument("--scale", metavar="X", help="multiply pixels by this: 1, 1/255, ...")
     group.add_argument("--offset", type=float, metavar="X", help="added after scaling")
     group.add_argument(
@@ -88,19 +88,8 @@ def images_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("scale", "offset", "preprocessing", "loader", "interpolation", "crop")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.size is not None:
-        options["size"] = _size(args.size)
+        options["size"] = common.size_of(args.size)
     return options
-
-
-def _size(text: str) -> tuple[int, int]:
-    from bnport.errors import InvalidValue, printable
-
-    parts = text.replace("x", ",").split(",")
-    if len(parts) == 1:
-        parts *= 2
-    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise InvalidValue(f"--size: expected HEIGHT,WIDTH such as 224,224, got {printable(text)!r}")
-    return int(parts[0]), int(parts[1])
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     with terminable(), common.Progress(args.json) as progress:
         result = calibrate_file(args.model, args.data, args.out, force=args.force, progress=progress, **options(args))
     if args.json:
-        common.print_json({**result.as_dict(), "out": args.out})
+        common.print_json({**result.to_dict(), "out": args.out})
     else:
         print(result)
         print(f"written: {printable(args.out)}")

@@ -75,6 +75,8 @@ def pairing_options(args: argparse.Namespace) -> dict[str, Any]:
         "target_options": dict(_named(text) for text in args.target_option),
     }
     if args.map:
+        from bnport.mapfile import read_map
+
         options["map"], skip = read_map(args.map)
         options["skip"] = [*skip, *args.skip]
     return options
@@ -86,13 +88,6 @@ def _named(text: str) -> tuple[str, str | bool]:
         raise InvalidValue("--target-option epsilon: say --target-epsilon")
     given = {"true": True, "false": False}.get(value.lower(), value)
     return name.replace("-", "_"), given if equals else True
-
-
-def read_map(path: str) -> Any:
-    """A pairing file, as `bnport map` writes it."""
-    from bnport.mapfile import read_map as read
-
-    return read(path)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -188,6 +183,14 @@ class Progress:
     def _put(self, text: str) -> None:
         self._text = text
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) of --size: HEIGHTxWIDTH, HEIGHT,WIDTH, or one number for both."""
+    parts = text.lower().replace("x", ",").split(",")
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InvalidValue(f"--size: expected HEIGHTxWIDTH, such as 224x224, got {printable(text)!r}")
+    return int(parts[0]), int(parts[-1])
 
 
 def name_list(text: str) -> list[str]:

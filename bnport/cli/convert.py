@@ -118,7 +118,6 @@ def _calibrated(args: argparse.Namespace) -> int:
 
     from bnport.calibrated import convert_calibrated
     from bnport.cli import calibrate
-    from bnport.errors import InvalidValue
 
     if args.only is not None or args.dry_run or args.in_place:
         raise InvalidValue("--calibrate goes with none of --only, --dry-run and --in-place")

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             file.write(text)
 
     inputs = [args.source, args.target, *([args.map] if args.map and not args.force else [])]
-    replace_file(args.out, write, lambda path: _read_back(path), force=args.force, inputs=inputs)
+    replace_file(args.out, write, _read_back, force=args.force, inputs=inputs)
     if args.json:
         common.print_json({**found.to_dict(), "out": args.out})
         return 0 if found.ok else 1

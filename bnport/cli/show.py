@@ -73,6 +73,8 @@ def _starred(value: float, assumed: bool) -> str:
 
 
 def _as_dict(layers: Layers, summaries: list[Summary]) -> dict[str, Any]:
+    from bnport.report import finite
+
     return {
         "source": layers.source,
         "format": layers.format,
@@ -86,13 +88,9 @@ def _as_dict(layers: Layers, summaries: list[Summary]) -> dict[str, Any]:
                 "assumed": sorted(layer.assumed),
                 "stores": sorted(layer.stores),
                 "dtype": layer.dtype,
-                "ranges": {f: [_finite(r.low), _finite(r.high)] for f, r in ranges.items()},
+                "ranges": {f: [finite(r.low), finite(r.high)] for f, r in ranges.items()},
                 "warnings": list(warnings),
             }
             for layer, ranges, warnings in summaries
         ],
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if value - value == 0 else None

@@ -18,7 +18,7 @@ EPILOG = """examples:
   bnport stats train/                          all images below train/, pixels scaled to 0 ... 1
   bnport stats train/ --size 224x224           resized first (bilinear), as the network will see them
   bnport stats images.npy --scale 1            unscaled pixels of an array (images, height, width, channels)
-  bnport stats train/ --json --output stats.json
+  bnport stats train/ --json -o stats.json
 
 Pixels are summed as integers: the result is exact for any number of images. float32 sums, as in
 (imgs.astype("float32") / 255).mean((0, 1, 2)), give 0.418 on 800 images and 0.209 on 1600 where 0.500 is right."""
@@ -44,8 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--engine", metavar="NAME", help="local (default), serial, dask or ray")
-    parser.add_argument("--output", "-o", metavar="FILE", help="write the JSON document to this new file")
-    parser.add_argument("--force", action="store_true", help="replace an existing --output")
+    parser.add_argument("-o", "--out", metavar="FILE", help="write the JSON document to this new file")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     common.add_json(parser)
 
 
@@ -55,15 +55,15 @@ def run(args: argparse.Namespace) -> int:
     from bnport.containers.files import check_output
 
     inputs: list[str] = []
-    if args.output:
+    if args.out is not None:
         from bnport.calibrate.file import data_files
 
-        inputs = data_files(args.path, args.output)
-        check_output(args.output, force=args.force, inputs=inputs)
+        inputs = data_files(args.path, args.out)
+        check_output(args.out, force=args.force, inputs=inputs)
     with common.Progress(args.json) as progress:
         found = image_statistics(
             args.path,
-            _size(args.size),
+            None if args.size is None else common.size_of(args.size),
             _fraction(args.scale),
             mode=args.mode,
             resample=args.resample,
@@ -75,27 +75,13 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             progress=progress,
         )
-    if args.output:
-        _write(found, args.output, inputs, args.force)
+    if args.out is not None:
+        _write(found, args.out, inputs, args.force)
     if args.json:
         common.print_json(found.to_dict())
     else:
         _print(found)
     return 0
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    from bnport.errors import InvalidValue, printable
-
-    if text is None:
-        return None
-    try:
-        numbers = [int(part) for part in text.lower().split("x")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise InvalidValue(f"--size: expected height x width, such as 224x224, got {printable(text)!r}")
-    return numbers[0], numbers[-1]
 
 
 def _fraction(text: str | None) -> Fraction | None:

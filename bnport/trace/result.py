@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnport.errors import listed, printable
+from bnport.report import finite
 
 if TYPE_CHECKING:
     from bnport.explain import Explanation
@@ -73,23 +74,19 @@ class Trace(NamedTuple):
         """Everything as plain JSON values; infinity becomes null."""
         steps = []
         for step in self.steps:
-            own = {**step.own._asdict(), "ratio": _finite(step.own.ratio)}
+            own = {**step.own._asdict(), "ratio": finite(step.own.ratio)}
             entry = {**step._asdict(), "own": own, "layer_differs": step.layer_differs}
-            entry["input_difference"] = _finite(step.input_difference)
-            entry["output_difference"] = _finite(step.output_difference)
+            entry["input_difference"] = finite(step.input_difference)
+            entry["output_difference"] = finite(step.output_difference)
             steps.append({**entry, "shapes": [list(shape) for shape in step.shapes]})
         return {
             "a": self.a, "b": self.b, "ok": self.ok, "tolerance": self.tolerance, "faults": list(self.faults),
-            "output_difference": _finite(self.output_difference), "notes": list(self.notes), "steps": steps,
+            "output_difference": finite(self.output_difference), "notes": list(self.notes), "steps": steps,
             "explanation": self.explanation.to_dict() if self.explanation else None,
         }  # fmt: skip
 
     def __str__(self) -> str:
         return _as_text(self)
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
 
 
 def _as_text(t: Trace) -> str:

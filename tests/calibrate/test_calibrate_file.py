@@ -108,7 +108,7 @@ def test_statistics_that_were_destroyed_are_no_obstacle(made, tmp_path):
         layer.moving_variance.assign(np.full(layer.moving_mean.shape, -1.0))
     model.save(broken)
     result = calibrate_file(broken, data, out, batch_size=16)
-    (first, *_) = json.loads(json.dumps(result.as_dict(), allow_nan=False))["layers"]
+    (first, *_) = json.loads(json.dumps(result.to_dict(), allow_nan=False))["layers"]
     assert first["old_mean"] == [None] * first["channels"]
     assert first["mean"] == result.layers[0].mean.tolist()
     good = str(tmp_path / "good.keras")

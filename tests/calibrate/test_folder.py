@@ -217,7 +217,7 @@ def test_files_that_are_not_read_are_counted_and_said(photos, tmp_path):
     result = calibrate(model((8, 8)), str(tmp_path), images={"scale": 1})
     assert result.samples == 40
     assert "other files left out: 1 .tif, 2 .webp" in str(result)
-    assert result.as_dict()["data"] == str(tmp_path)  # and not the name of a class
+    assert result.to_dict()["data"] == str(tmp_path)  # and not the name of a class
     np.save(tmp_path / "mean.npy", np.zeros((40, 8, 8, 3), "f4"))
     with pytest.raises(Question, match=r"holds \.npy files, and images \(.*0\.png\)"):
         calibrate(model((8, 8)), str(tmp_path), images={"scale": 1})

@@ -168,7 +168,7 @@ def test_unbiased_divides_by_n_minus_one_and_is_said():
     result = calibrate(model, x, unbiased=True)
     np.testing.assert_allclose(result["bn"].variance, x.astype(float).var(axis=0, ddof=1), rtol=1e-6)
     assert "unbiased" in str(result)
-    assert result.as_dict()["variance"] == "unbiased"
+    assert result.to_dict()["variance"] == "unbiased"
 
 
 def test_a_memory_budget_of_nothing_spills_to_disk_and_changes_no_bit(tmp_path):
