@@ -8,6 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bnport._lazy import np
 from bnport.calibrate import data as data_module
 from bnport.calibrate import identity
 from bnport.calibrate.checkpoint import Checkpoint, delete, packed, unpacked
@@ -64,6 +65,8 @@ def calibrate(
              with the new statistics of all earlier layers in place: see bnport.calibrate.frontier.
              "precise", "average", "moving": one pass with batch statistics: see bnport.calibrate.onepass.
     unbiased: divide by n - 1 where the formula divides by n.
+    batch_size: samples per batch of arrays and of folders (default 32); other data come in batches already.
+    key:     the array of an .npz file with several.
     layers:  names or patterns ("conv1_*"); the other BatchNorm layers keep, and use, the statistics they hold.
     frozen:  also layers with trainable=False; they are left alone otherwise.
     memory:  how much may be kept of activations between rounds ("8GB", bytes; default half of what is free); beyond
@@ -125,10 +128,10 @@ def calibrate(
         raise
     if not keep_checkpoint:
         delete(resume)
-    if not [norm for norm in selected if norm not in run.unused]:
+    changed = [norm for norm in selected if norm not in run.unused]
+    if not changed:
         raise NotFound(f"{live.what}: none of the {len(selected)} layers is called at inference; nothing was changed")
     left["never called at inference"] = [norm.name for norm in run.unused]
-    changed = [norm for norm in selected if norm not in run.unused]
 
     def undo() -> None:
         for norm in changed:
@@ -215,8 +218,6 @@ class _Run:
 
     def _save(self, state: dict[str, Array], batches: int) -> None:
         if self.checkpoint is not None and self.order is not None:
-            from bnport._lazy import np
-
             counts = {"batches": batches, "samples": self.figures["samples"]}
             arrays = {name: np.array(int(count)) for name, count in counts.items()}
             self.checkpoint.save({**state, **arrays, "digests": self.order.to_array()[:batches]})
@@ -328,8 +329,6 @@ class _Run:
 
     def _save_moments(self, moments: dict[str, Moments]) -> None:
         if self.checkpoint is not None:
-            from bnport._lazy import np
-
             parts = {name: {"moments": np.frombuffer(m.to_bytes(), np.uint8)} for name, m in moments.items()}
             self._save(packed(parts), len(self.order.digests) if self.order is not None else 0)
 

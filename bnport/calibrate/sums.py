@@ -18,6 +18,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from bnport._lazy import np
+from bnport.calibrate.executors import cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -163,10 +164,7 @@ def threads() -> int:
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdigit() and int(said):
         return int(said)
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+    return cores()
 
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}

@@ -198,7 +198,7 @@ class _Session:
         selected = [norm for norm in live.norms if norm.name in task.plan.names]
         known = {name: Moments.from_bytes(data) for name, data in (task.known or {}).items()}
         self.batches = _Counted(live, task.plan, task.first, task.batches)
-        self.store = Store(live, task.plan.memory, task.plan.spill).__enter__()
+        self.store = Store(live, task.plan.memory, task.plan.spill)
         self.frontier = _ShardFrontier(live, selected, self.store, unbiased=task.plan.unbiased, known=known)
         self.have: set[int] | None = None
 
@@ -214,7 +214,7 @@ class _Session:
 
     def close(self) -> None:
         """Free what is kept."""
-        self.store.__exit__(None, None, None)
+        self.store.close()
 
 
 class _ShardFrontier(Frontier):
