@@ -61,9 +61,11 @@ def convert(
     only: write just these of gamma, beta, mean, variance, epsilon; the target keeps its own for the rest.
     epsilon: of a source that does not hold it (a PyTorch state dict); target_epsilon: the same for the target.
     momentum: "keep" the target's, or "port" the source's.
+    dry_run: write nothing; the Report says what would be written. force: replace an `out` that exists.
     run: also run the real layers of target and source (default: only those of a live target, as its framework is imported
         then, and those of a live source that has layers of a class with its own code).
-    source_options, target_options: for the adapters (key=, prototxt=, stat=, ...).
+    source_options, target_options: for the adapters (key=, prototxt=, stat=, ...; `bnport formats`).
+    progress: called as progress(done, total, what).
 
     An epsilon that the target can hold is written as it is, so gamma, beta, mean and variance stay bit for bit; one that
     it cannot hold (`.weights.h5`) is absorbed into variance or gamma. Returns the Report of what was written, read back
@@ -197,8 +199,13 @@ def verify(
 ) -> Report:
     """Whether the BatchNorm layers of `target` are the same functions as those of `source`, layer by layer.
 
-    Both may be files or live objects of any readable format; nothing is written. Arguments are those of `convert`.
-    Raises NotFound or MatchError where the two cannot be compared; a difference is not an error but `report.ok == False`.
+    Decided for every input on a = gamma / sqrt(variance + epsilon) and b = beta - mean * a of both, in float64, against the
+    bound of rounding to the dtype that `target` stores (bnport.verify has it). Both may be files or live objects of any
+    readable format; nothing is written. Arguments are those of `convert`; run: also run the real layers (default: only of
+    a live target). Returns the Report: `report.ok`, and per layer the largest error with its bound.
+
+    Raises NotFound or MatchError where the two cannot be compared, FormatError for a file that is not understood; a
+    difference is not an error but `report.ok == False`.
     """
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
@@ -238,7 +245,16 @@ def save_records(
     force: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Save the source's BatchNorm layers as a neutral record file (safetensors with metadata), and prove the result."""
+    """Save the source's BatchNorm layers as a neutral record file, and prove the result.
+
+    source: a file or live object of any readable format. out: a .safetensors file of bnport's own (bnport formats records):
+    gamma, beta, mean, variance of shape (C,) in the dtype of the source, bit for bit, and each layer's epsilon as a decimal;
+    `convert` takes it as a source. epsilon: of a source that does not hold it. force: replace an `out` that exists.
+    options: for the source's adapter (key=, prototxt=, stat=, ...).
+
+    Returns the Report of what was read back. Raises NotFound without BatchNorm, InvalidValue for numbers that are no
+    BatchNorm, FormatError, OutputError; `out` appears whole or not at all.
+    """
     sources = adapters.read_some(source, epsilon=epsilon, **(options or {}))
     destination = os.fspath(out)
     records: Any = adapters.load("records")

@@ -32,8 +32,12 @@ def explain(
     """Why a port does not give the source's outputs: which known mistake turns its numbers into the ported ones.
 
     Both may be files or live objects of any readable format; arguments are those of `convert`, and nothing is written.
-    command_options: what a repair command must repeat of them. Raises NotFound or MatchError where the two cannot be
-    compared. `explanation.same` says that nothing differs; `print(explanation)` names mistakes, evidence and repairs.
+    A mistake is named only if its formula gives every channel to within the rounding of the port's dtype
+    (bnport.explain.fields has the formulas). command_options: what a repair command must repeat of the arguments; progress:
+    called as progress(done, total, layer).
+
+    Returns an Explanation: `same` says that nothing differs; `print(explanation)` names mistakes, evidence and repairs.
+    Raises NotFound or MatchError where the two cannot be compared, FormatError for a file that is not understood.
     """
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(ported, epsilon=target_epsilon, **(target_options or {}))

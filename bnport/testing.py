@@ -79,8 +79,9 @@ def assert_same_outputs(
 
     model_a, model_b: live torch or Keras models, or paths of .onnx files; inputs: an array (N, ...), `layout`
     ("NCHW", "NHWC") where that is not plain from its shape. tolerance: what `bnport.trace` takes for a difference between
-    networks. Raises AssertionError that names the first BatchNorm layer at which they part, whether it is that layer or
-    something before it, the channel, expected and got, and the likely mistake.
+    networks. map, skip, only_under: as for `bnport.convert`. Raises AssertionError that names the first BatchNorm layer at
+    which they part, whether it is that layer or something before it, the channel, expected and got, and the likely mistake;
+    bnport errors where the two cannot run.
     """
     __tracebackhide__ = True
     from bnport.trace import trace
