@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.errors import BnportError, MissingDependency, printable
-from bnport.rounding import round_to
+from bnport.rounding import LARGEST, round_to
 from bnport.verify import INVALID, check_between, check_outputs, output_dtype, with_checks
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def run_layers(
 
     The target's layers are held against the source's records (or `references`). With a `source_engine`, the source's own
     layers run on the same probes: each against its own record, and the target's against it, within the sum of the bounds.
-    Where one side computes in 16 bits, both get probes of that type.
+    Where one side computes in 16 bits, both get probes of that type, none beyond its largest number.
     """
     runnable = {name: layer for name, layer in layers.items() if layer.status != INVALID}
     results = dict(layers)
@@ -112,7 +112,7 @@ def run_layers(
         not_run.append(f"the real layers: no engine for {held.format}")
     outputs, originals = _both(runnable, x, engine, source_engine, not_run, progress, whose, sources.format)
     narrow = _narrow(outputs, held, None) | _narrow(originals, sources, runnable)
-    if narrow and source_engine is not None:
+    if narrow and (source_engine is not None or any(_overflows(values, narrow) for values in x.values())):
         x = {name: _rounded(values, narrow) for name, values in x.items()}
         outputs, originals = _both(runnable, x, engine, source_engine, [], progress, whose, sources.format)
     for name, layer in runnable.items():
@@ -175,8 +175,12 @@ def _narrow(outputs: Mapping[str, Outputs], side: Layers, layers: Mapping[str, L
     return found - {"float32"}
 
 
+def _overflows(x: Array, narrow: set[str]) -> bool:
+    return bool((np.abs(x) > min(LARGEST[dtype] for dtype in narrow)).any())
+
+
 def _rounded(x: Array, narrow: set[str]) -> Array:
-    """x rounded so that every type of `narrow` holds it exactly."""
+    """x rounded so that every type of `narrow` holds it exactly; what is beyond one's largest number becomes that."""
     for dtype in sorted(narrow):  # bfloat16 first: float16 then keeps its eight bits wherever it reaches
-        x = round_to(x, dtype)
+        x = round_to(np.clip(x, -LARGEST[dtype], LARGEST[dtype]), dtype)
     return x.astype(np.float64)

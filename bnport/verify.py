@@ -16,7 +16,7 @@ from __future__ import annotations
 from bnport._lazy import TYPE_CHECKING, NamedTuple, np
 from bnport.errors import InvalidValue
 from bnport.record import FIELDS, BatchNorm
-from bnport.rounding import UNDERFLOW, UNIT_ROUNDOFF, round_to
+from bnport.rounding import LARGEST, UNDERFLOW, UNIT_ROUNDOFF, round_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -295,9 +295,10 @@ def check_outputs(
     """
     checks = []
     for way, y in outputs.items():
-        seen = round_to(x, output_dtype(y, dtype))
+        narrow = output_dtype(y, dtype)
+        seen = round_to(x, narrow)
         bound = _output_bound(held, dtype, seen, y)
-        checks.append(_at_worst(way, np.asarray(y, np.float64), reference(seen), bound, seen))
+        checks.append(_at_worst(way, np.asarray(y, np.float64), reference(seen), bound, seen, LARGEST[narrow]))
     return tuple(checks)
 
 
@@ -317,7 +318,8 @@ def check_between(
     for way, y in outputs_b.items():
         bound = bound_a + _output_bound(record_b, dtype_b, x, y)
         found, expected = np.asarray(y, np.float64), np.asarray(y_a, np.float64)
-        checks.append(_at_worst(f"{way} against {way_a}", found, expected, bound, x))
+        largest = min(LARGEST[output_dtype(y_a, dtype_a)], LARGEST[output_dtype(y, dtype_b)])
+        checks.append(_at_worst(f"{way} against {way_a}", found, expected, bound, x, largest))
     return tuple(checks)
 
 
@@ -334,12 +336,15 @@ def output_dtype(y: Array, stored: str) -> str:
     return "float32"
 
 
-def _at_worst(name: str, found: Array, expected: Array, bound: Array, x: Array) -> Check:
-    """The check at the place where error over bound is largest."""
+def _at_worst(name: str, found: Array, expected: Array, bound: Array, x: Array, largest: float) -> Check:
+    """The check at the place where error over bound is largest.
+
+    largest: of the type that the outputs were rounded to. What is beyond it, infinity included, counts as it.
+    """
     if found.shape != expected.shape:
         return Check(name, float("inf"), 0.0, float("inf"), 0)
     with np.errstate(invalid="ignore"):
-        error = np.abs(found - expected)
+        error = np.abs(np.clip(found, -largest, largest) - np.clip(expected, -largest, largest))
     ratio = _ratio(error, bound)
     row, channel = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
     at = (row, channel)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,29 @@ def test_16_bit_policies_are_held_to_their_own_bound(policy):
     weights = batchnorm_weights(net[0])
     layer.set_weights([*weights[:3], weights[3] * 1.2])
     assert not bnport.verify(net, model, map={"bn": "0"}).ok
+
+
+def test_outputs_and_means_beyond_float16_are_no_difference_of_a_mixed_float16_layer():
+    """Slopes of 2e4 and a mean of 1e5: Keras itself answers infinity at some of the probes, as it should."""
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(4, eps=1e-8)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([2.0, -2.0, 0.0, 1.0]))
+        net[0].running_mean.copy_(torch.tensor([10.0, -10.0, 1e5, 1e5]))
+        net[0].running_var.copy_(torch.tensor([0.0, 1e-12, 1.0, 1.0]))
+    layer = keras.layers.BatchNormalization(dtype="mixed_float16", name="bn")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    report = bnport.convert(net, model, map={"bn": "0"})
+    assert report.ok, str(report)
+    found = keras.ops.convert_to_numpy(layer(keras.ops.convert_to_tensor([[0.0, 0.0, 0.0, 60000.0]])))
+    with torch.no_grad():
+        expected = net(torch.tensor([[0.0, 0.0, 0.0, 60000.0]])).half().numpy()
+    assert np.isinf(expected[0, :2]).all()
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+    for field, wrong in (("gamma", [3.0, -2, 0, 1]), ("variance", [0, 1e-12, 1.0, 1.2]), ("beta", [0, 0, 1.0, 0])):
+        right = bnport.read(model)["bn"].arrays()[field].copy()
+        bnport.set_weights(model, "bn", **{field: wrong})
+        assert not bnport.verify(net, model, map={"bn": "0"}).ok
+        bnport.set_weights(model, "bn", **{field: right})
 
 
 def test_a_half_precision_source_gives_both_sides_probes_that_it_can_hold(net):
