@@ -168,3 +168,38 @@ def test_a_layer_that_the_config_does_not_show_beside_one_of_the_same_name_gets_
     assert len(layers) == 3
     assert_same_bits(layers["block0/bn"].record, bnport.read(parts[0]["bn"])["bn"].record)
     assert [layer.record.mean[0] for layer in layers.values() if layer.assumed] == [3.0]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"scale": False, "center": False}, "bn_of_two"), ({"scale": False}, "second")]
+)
+def test_arrays_that_may_be_a_batchnorm_and_are_not_taken_for_one_are_said(tmp_path, suffix, settings, name):
+    """Left out on both sides they would be neither written nor compared, without a word."""
+    import keras
+
+    @keras.saving.register_keras_serializable("tests_custom")
+    class Silent(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.full = keras.layers.BatchNormalization(name="bn")
+            self.other = keras.layers.BatchNormalization(name=name, **settings)
+            self.ln = keras.layers.LayerNormalization()
+
+        def build(self, shape):
+            for layer in (self.full, self.other, self.ln):
+                layer.build(shape)
+
+        def call(self, x):
+            return self.ln(self.other(self.full(x)))
+
+    model = keras.Sequential([keras.Input((C,)), Silent(name="block")])
+    path = str(tmp_path / f"model{suffix}")
+    model.save(path) if suffix == ".keras" else model.save_weights(path)
+    layers = bnport.read(path)
+    assert list(layers) == ["block/bn"]
+    (note,) = layers.notes
+    assert name in note
+    assert "not taken for BatchNormalization" in note
+    assert "layer_norm" not in note
+    assert note in bnport.verify(path, path).notes

@@ -32,13 +32,13 @@ def read(file: ReadFile, absent: Absent | None, *, evidence: bool) -> Contents:
     text = archive.read(CONFIG, config.CONFIG_LIMIT)
     root = config.tree(config.parse(text, f"{shown}: {CONFIG}"), f"{shown}: {CONFIG}")
     weights = Weights(archive)
+    notes: list[str] = []
     if any(node.custom for node in root.walk()) and WEIGHTS in archive:
-        entries = _with_hidden(root, weights, shown, absent)
+        entries, notes = _with_hidden(root, weights, shown, absent)
     else:
         entries = [_entry(node, weights, shown) for node in root.walk() if node.is_batchnorm]
     if evidence:
         _add_evidence(root, entries, weights, hidden=any(entry.node is None for entry in entries))
-    notes = absent.notes() if absent is not None else ()
     contents = Contents(file.path, "keras", entries, holds_epsilon=True, notes=tuple(notes))
     contents.extra = {"archive": archive, "text": text, "root": root}
     return contents
@@ -151,8 +151,13 @@ def _fetcher(
     return fetch
 
 
-def _with_hidden(root: config.Node, weights: Weights, shown: str, absent: Absent | None) -> list[Entry]:
-    """The layers of a model with custom layers, whose configs need not mention what is in them, nor where it lies."""
+def _with_hidden(
+    root: config.Node, weights: Weights, shown: str, absent: Absent | None
+) -> tuple[list[Entry], list[str]]:
+    """The layers of a model with custom layers, whose configs need not mention what is in them, nor where it lies.
+
+    And what is to be said of arrays that belong to none of them.
+    """
     from bnport.adapters.keras import inside
     from bnport.adapters.keras.weights import unique
 
@@ -171,22 +176,25 @@ def _with_hidden(root: config.Node, weights: Weights, shown: str, absent: Absent
                 epsilon=settings.epsilon, momentum=settings.momentum, notes=notes,
             )
         )  # fmt: skip
-    return entries + _hidden(entries, joined.alike, weights.store, shown, absent)
+    hidden, notes_on_others = _hidden(entries, joined.alike, weights.store, shown, absent)
+    return entries + hidden, notes_on_others
 
 
-def _hidden(known: list[Entry], alike: Iterable[str], store: Store, shown: str, absent: Absent | None) -> list[Entry]:
-    """The layers that are found by their arrays alone."""
+def _hidden(
+    known: list[Entry], alike: Iterable[str], store: Store, shown: str, absent: Absent | None
+) -> tuple[list[Entry], list[str]]:
+    """The layers that are found by their arrays alone, and what there is to say of the rest."""
     from bnport.adapters.keras.weights import scan, unique
 
     paths = {store.h5.root.path} | {f"{entry.node.storage}/vars" for entry in known if entry.node is not None}
     listed_ = {group.path for entry in known if entry.node and (group := store.variables(entry.node.storage))}
     skip = {p.replace("\\", "/") for p in paths | listed_} | {f"{path}/vars" for path in alike}
-    found, _ = scan(store, shown, absent, skip=skip)
+    found, notes = scan(store, shown, absent, skip=skip)
     taken = [entry.name for entry in known]
     names = unique((each.name for each in found), (each.path.removesuffix("/vars") for each in found), taken)
     for each, name in zip(found, names, strict=True):
         each.name = name
-    return [_hidden_entry(each, shown) for each in found]
+    return [_hidden_entry(each, shown) for each in found], notes
 
 
 def _hidden_entry(found: Found, shown: str) -> Entry:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 _OLD = "_layer_checkpoint_dependencies"  # Keras and TensorFlow 2.12 to 2.14
 _NORM = re.compile(r"bn|batch|norm", re.IGNORECASE)
+_OTHER_NORM = re.compile(r"layer_?norm|group_?norm|rms_?norm", re.IGNORECASE)  # by their names in Keras
 
 
 def order(*, scale: bool, center: bool, renorm: bool) -> tuple[str, ...]:
@@ -147,9 +148,9 @@ def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = 
 
     Four vectors of one length are one, seven one with renorm. Three may lack gamma or beta, which the file does not
     say: Question, unless `absent` does for that layer. Two are one only where the path says so:
-    LayerNormalization has two as well. `skip`: paths that are known to be something else.
+    LayerNormalization has two as well. Those that are left out are said. `skip`: paths that are known already.
     """
-    candidates, two = _candidates(store, set(skip))
+    candidates, others = _candidates(store, set(skip))
     found = [each for each, _ in candidates]
     unclear = []
     for each, tensors in candidates:
@@ -177,18 +178,20 @@ def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = 
     if store.ordered and all(each.tensors["mean"].offset is not None for each in found):
         found.sort(key=lambda each: each.tensors["mean"].offset or 0)
     notes = absent.notes() if absent is not None else []
-    if two and not found:
+    if found or skip:
+        others = [layer for layer in others if not _OTHER_NORM.search(layer)]
+    if others:
         notes.append(
-            f"{listed(two, 3)}: two arrays only, not taken for BatchNormalization (LayerNormalization has two)"
+            f"{listed(others, 3)}: two or three arrays only, not taken for BatchNormalization (LayerNormalization has two)"
         )
     return found, notes
 
 
 def _candidates(store: Store, skip: set[str]) -> tuple[list[tuple[Found, list[H5Tensor]]], list[str]]:
-    """Groups whose arrays may be BatchNormalization's, each with a name of its own; and layers of two arrays that are not."""
+    """Groups whose arrays may be BatchNormalization's, each with a name of its own; and the others with such vectors."""
     names: dict[str, str | None] = {}
     candidates: list[tuple[Found, list[H5Tensor]]] = []
-    two: list[str] = []
+    others: list[str] = []
     for path, group in store.walk():
         if path != "vars" and not path.endswith("/vars"):
             continue
@@ -204,16 +207,16 @@ def _candidates(store: Store, skip: set[str]) -> tuple[list[tuple[Found, list[H5
         if any(t.dtype not in UNIT_ROUNDOFF for t in tensors):
             continue
         words = f"{layer.rsplit('/', 1)[-1]} {names[layer] or ''}"
-        if count == 2 and "batch_normalization" not in words:
-            two.append(layer)
-        elif count in (2, 4, 7) or _NORM.search(words):
+        if count in (4, 7) or ("batch_normalization" in words if count == 2 else _NORM.search(words)):
             candidates.append((Found(path, layer, names[layer]), tensors))
+        else:
+            others.append(layer)
     full = [_name(each.name, names) for each, _ in candidates]
     for (each, _), name in zip(
         candidates, unique(full, (each.path.removesuffix("/vars") for each, _ in candidates)), strict=True
     ):
         each.name = name
-    return candidates, two
+    return candidates, [f"{layer} ({own})" if (own := names[layer]) else layer for layer in others]
 
 
 def _name(layer: str, names: dict[str, str | None]) -> str:
