@@ -6,6 +6,11 @@ A message says what, where, expected and got, and what to do next, in one line.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING is, without importing it
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class BnportError(Exception):
     """The root. The command line prints it as one line and exits with 2."""
@@ -73,8 +78,18 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def listed(names: object, limit: int = 8) -> str:
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before, None if all differ; in time that grows with their number, not its square."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def listed(names: Iterable[object], limit: int = 8) -> str:
     """Names joined for a message: at most `limit` of them, then how many more."""
-    all_names = [printable(n) for n in names]  # type: ignore[attr-defined]
+    all_names = [printable(n) for n in names]
     more = len(all_names) - limit
     return ", ".join(all_names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -177,12 +177,9 @@ def _checksum(metadata: Mapping[str, str]) -> str:
 
 
 def _entries(shown: str, text: str) -> list[dict[str, Any]]:
-    import json
+    from bnport.containers.json_text import loads
 
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError):
-        raise FormatError(f"{shown}: the layers in its metadata are not JSON") from None
+    entries = loads(text, f"{shown}: the layers in its metadata")
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and all(type(e.get(key)) is str for key in ("name", "dtype", "sha256")) for e in entries
     ):

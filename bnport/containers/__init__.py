@@ -10,6 +10,7 @@ hdf5_data.py    the numbers of one dataset of it, chunks and filters undone with
 hdf5_text.py    texts of its attributes, read without the library
 patch.py        a copy of a file with some bytes replaced, and the zip checksums brought up to date
 protobuf.py     wire format, walked lazily
+json_text.py    JSON without duplicate keys
 textproto.py    protocol buffers' text format
 in_place.py     bytes of a file replaced where they lie, with an undo file
 """

@@ -159,27 +159,12 @@ def _header(file: ReadFile) -> tuple[dict[str, _Place], dict[str, str]]:
 
 
 def _parse(shown: str, text: bytes) -> dict[str, Any]:
-    import json
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise FormatError(f"{shown}: {printable(twice)} is twice in the safetensors header")
-        return found
+    from bnport.containers.json_text import loads
 
     def constant(word: str) -> object:
-        raise FormatError(f"{shown}: {word} in the safetensors header")
+        raise FormatError(f"{word} is no number")
 
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except FormatError:
-        raise
-    except RecursionError:
-        raise FormatError(f"{shown}: the safetensors header is nested too deeply") from None
-    except ValueError as error:  # JSON and UTF-8 errors are its children
-        raise FormatError(f"{shown}: the safetensors header is not JSON: {printable(error)}") from None
+    header: dict[str, Any] = loads(text, f"{shown}: the safetensors header", parse_constant=constant)
     assert isinstance(header, dict)  # it starts with "{"
     return header
 

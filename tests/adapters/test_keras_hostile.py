@@ -107,8 +107,9 @@ def test_a_config_of_wrong_types_is_refused_by_layer_and_word(tmp_path, config, 
         ("[" + "1," * 3_100_000 + "1]", "more than is read"),
         ("9" * 5_000_000, "digits"),
         ('{"class_name": "Sequential", "config": {"a": 1' + "0" * 500 + "}}", "digits"),
+        ("{" + ", ".join(f'"{n}": 1' for n in range(300_000)) + ', "299999": 1}', "twice"),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_json_that_is_deep_long_or_not_a_model_is_refused(tmp_path, config, word):
     refused(archive(tmp_path, config), word, limits=True)
@@ -271,6 +272,13 @@ def test_a_signature_without_a_file_is_refused(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data)
     refused(str(path))
+
+
+def test_a_name_listed_twice_among_many_is_found_in_time(tmp_path):
+    path = str(tmp_path / "a.h5")
+    with h5py.File(path, "w", libver="latest") as file:  # an attribute beyond 64 KiB
+        file.attrs["layer_names"] = np.array([f"n{number}" for number in (*range(200_000), 199_999)], "S7")
+    refused(path, "layer_names lists 'n199999' twice", limits=True)
 
 
 def test_six_thousand_empty_groups_are_walked_in_time(tmp_path):

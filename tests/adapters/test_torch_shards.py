@@ -100,7 +100,10 @@ def test_an_index_that_is_not_what_it_should_be_is_refused(model, tmp_path, chan
         read(str(index))
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[" * 100_000, '{"weight_map": []}', '{"weight_map": {"a": {}}}'])
+TWICE = '{"weight_map": {"a": "model-1.safetensors", "a": "model-2.safetensors"}}'
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[" * 100_000, '{"weight_map": []}', '{"weight_map": {"a": {}}}', TWICE])
 def test_other_json_is_refused(tmp_path, text):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)

@@ -11,7 +11,7 @@ import math
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.caffe.values import Choices, Held, listed_tensors, load, narrowest
 from bnport.adapters.caffe.wiring import Wiring
-from bnport.errors import FormatError, InvalidValue, Question, listed, printable
+from bnport.errors import FormatError, InvalidValue, Question, listed, printable, repeated
 from bnport.layer import Layer
 from bnport.rounding import meant_epsilon
 
@@ -54,10 +54,8 @@ def held_layers(net: Net, choices: Choices) -> tuple[list[tuple[Held, Layer]], l
                     ends.setdefault(tail[0], None)
                 ends[tail[-1] if tail else index] = name
             parts.append((index, tail, name, len(tails) > 1))
-    names = [name for _, _, name, _ in parts]
-    if len(set(names)) < len(names):
-        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(names) < 1000 else names
-        raise FormatError(f"{printable(net.path)}: several BatchNorm layers are called {listed(twice, 3)}")
+    if (twice := repeated(name for _, _, name, _ in parts)) is not None:
+        raise FormatError(f"{printable(net.path)}: several BatchNorm layers are called {printable(twice)}")
     inputs = wiring.reaching(ends)
     found = []
     for index, tail, name, shared in parts:

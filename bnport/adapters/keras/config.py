@@ -9,7 +9,7 @@ import functools
 import re
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple
-from bnport.errors import FormatError, InvalidValue, printable
+from bnport.errors import FormatError, InvalidValue, printable, repeated
 from bnport.record import checked_epsilon
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def parse(text: bytes | str, where: str, *, positions: bool = False) -> Any:
 
     With `positions`, numbers are Real and Whole.
     """
-    import json
+    from bnport.containers.json_text import loads
 
     if isinstance(text, bytes):
         try:
@@ -69,29 +69,13 @@ def parse(text: bytes | str, where: str, *, positions: bool = False) -> Any:
         return make
 
     hooks = {"parse_float": numbered(Real), "parse_int": numbered(Whole)} if positions else {"parse_int": _integer}
-    try:
-        return json.loads(text, object_pairs_hook=_unique, **hooks)
-    except FormatError as error:
-        raise FormatError(f"{where}: {error}") from None
-    except RecursionError:
-        raise FormatError(f"{where}: JSON nested too deep") from None
-    except ValueError as error:
-        raise FormatError(f"{where}: not JSON ({printable(error, 120)})") from None
+    return loads(text, where, **hooks)
 
 
 def _integer(digits: str) -> int:
     if len(digits) > 400:  # int() of a million digits takes minutes
         raise FormatError(f"a number of {len(digits)} digits")
     return int(digits)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FormatError(f"the key {printable(twice)!r} occurs twice in one JSON object")
-    return value
 
 
 _TOKEN = r'"(?:[^"\\]|\\.)*"|(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)'  # compiled only where something is replaced
@@ -217,7 +201,6 @@ def tree(value: Any, where: str) -> Node:
 def _children(node: Node, where: str) -> list[Node]:
     prefix = f"{node.storage}/" if node.storage else ""
     if node.is_model:
-        names: set[str] = set()
         entries = node.config["layers"]
         for entry in entries:
             if not _is_layer(entry):
@@ -225,10 +208,8 @@ def _children(node: Node, where: str) -> list[Node]:
                     f"{where}: layers of {printable(node.name)!r}: an entry without class_name and config"
                 )
         children = _numbered(node, entries, f"{prefix}layers", where)
-        for child in children:
-            if child.name in names:
-                raise FormatError(f"{where}: two layers are named {printable(child.path)!r}")
-            names.add(child.name)
+        if (twice := repeated(child.name for child in children)) is not None:
+            raise FormatError(f"{where}: two layers are named {printable(f'{node.path}/{twice}'.lstrip('/'))!r}")
         return children
     children = []  # a wrapper's layer, a custom layer's parts: kept under the attribute's name, as the config usually is
     for key, value in node.config.items():

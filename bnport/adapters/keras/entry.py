@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bnport._lazy import TYPE_CHECKING, np
 from bnport.adapters.keras.config import EPSILON
-from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
+from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable, repeated
 from bnport.layer import Layer, Layers
 from bnport.record import FIELDS
 
@@ -143,9 +143,7 @@ class Contents:
         self.extra: dict[str, Any] = {}
         self.files: tuple[str, ...] = ()  # the other files that it lies in
         self.read_only = ""  # why it cannot be written
-        names = [entry.name for entry in entries]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+        if (twice := repeated(entry.name for entry in entries)) is not None:
             raise FormatError(f"{printable(path)}: two BatchNormalization layers are named {printable(twice)!r}")
 
     def layers(self) -> Layers:

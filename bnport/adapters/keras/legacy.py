@@ -8,7 +8,7 @@ from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.adapters.keras import config
 from bnport.adapters.keras.entry import Contents, Entry
 from bnport.adapters.keras.weights import checked
-from bnport.errors import FormatError, InvalidValue, Question, listed, printable
+from bnport.errors import FormatError, InvalidValue, Question, listed, printable, repeated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,16 +50,18 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """group, or group/inner, as a user of Keras would say it."""
-        pieces = [p for p in self.prefix.split("/") if p]
-        if self.group in pieces:
-            pieces = pieces[pieces.index(self.group) :]
-        elif not pieces or (len(pieces) == 1 and re.fullmatch(rf"{re.escape(self.group)}(_\d+)?", pieces[0])):
-            pieces = [self.group]
+        """group, or group/inner, as a user of Keras would say it; a layer's own name may hold slashes (conv1/bn)."""
+        own, pieces = self.group.split("/"), [p for p in self.prefix.split("/") if p]
+        size = len(own)
+        at = next((k for k in range(len(pieces)) if pieces[k : k + size] == own), None)
+        if at is not None:
+            pieces = pieces[at:]
+        elif not pieces or re.fullmatch(rf"{re.escape(self.group)}(_\d+)?", "/".join(pieces)):
+            pieces = own
         else:
-            pieces = [self.group, *pieces]
-        while len(pieces) > 1 and pieces[-1] == pieces[-2] == self.group:
-            pieces.pop()
+            pieces = [*own, *pieces]
+        while len(pieces) > size and pieces[-size:] == own == pieces[-2 * size : -size]:
+            pieces = pieces[:-size]
         return "/".join(pieces)
 
 
@@ -108,11 +110,18 @@ def _kernel(node: config.Node, weights: Group) -> H5Tensor | None:
     """The kernel of a layer by its weight's name; None where the name is not there exactly once."""
     from bnport.adapters.keras.graph import where_kernel_is
 
-    top, name = node.path.split("/")[0], where_kernel_is(node)[0]
-    group = weights.group(top)
+    name = where_kernel_is(node)[0]
+    group = weights.group(_top(node))
     names = _texts(group, "weight_names") if group is not None else None
     fitting = [n for n in names or () if re.fullmatch(rf"(?:.*/)?{re.escape(node.name)}/{name}(?::0)?", n)]
     return _dataset(group, fitting[0]) if group is not None and len(fitting) == 1 else None
+
+
+def _top(node: config.Node) -> str:
+    """The name of the outermost model's layer that the node is, or lies in."""
+    while node.parent is not None and node.parent.parent is not None:
+        node = node.parent
+    return node.name
 
 
 def _form(parts: list[Part], version: str | None, stat: str | None, shown: str) -> str:
@@ -168,8 +177,7 @@ def _parts(weights: Group, shown: str) -> Iterator[Part]:
             raise FormatError(
                 f"{shown}: nb_layers is {weights.attribute_number('nb_layers')}, {len(names)} groups are there"
             )
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated(names)) is not None:
         raise FormatError(f"{shown}: layer_names lists {printable(twice)!r} twice")
     for name in names:
         group = weights.group(name)  # a name may hold slashes: then it lies in groups of its parts
@@ -179,8 +187,7 @@ def _parts(weights: Group, shown: str) -> Iterator[Part]:
         if listing is None:
             yield from _numbered(group, name)
             continue
-        if len(set(listing)) < len(listing):
-            twice = next(each for each in listing if listing.count(each) > 1)
+        if (twice := repeated(listing)) is not None:
             raise FormatError(f"{shown}: {printable(name)}: weight_names lists {printable(twice)!r} twice")
         fields: dict[str, dict[str, H5Tensor]] = {}
         for each in listing:
@@ -243,10 +250,10 @@ def _paired(root: config.Node, parts: list[Part], shown: str) -> list[config.Nod
     for part in parts:
         node = by_path.get(part.name)
         if node is None:
-            inside = [n for n in nodes if n.path.split("/")[0] == part.group]
-            last = part.prefix.rsplit("/", 1)[-1]
-            same = [n for n in inside if n.name == last] or [
-                n for n in inside if re.fullmatch(rf"{re.escape(n.name)}_\d+", last)
+            inside = [n for n in nodes if _top(n) == part.group]
+            prefix = f"/{part.prefix}"
+            same = [n for n in inside if prefix.endswith(f"/{n.name}")] or [
+                n for n in inside if re.fullmatch(rf".*/{re.escape(n.name)}_\d+", prefix, re.DOTALL)
             ]
             alone = len(inside) == 1 and sum(p.group == part.group for p in parts) == 1
             candidates = inside if alone else same

@@ -47,22 +47,9 @@ def layers_of_export(archive: Archive, root: str, where: str) -> tuple[list[Laye
 
 
 def _json(archive: Archive, member: str, where: str) -> Any:
-    import json
+    from bnport.containers.json_text import loads
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise FormatError(f"{where}: {printable(member)} holds a key twice in one object")
-        return found
-
-    try:
-        return json.loads(archive.read(member, JSON_LIMIT), object_pairs_hook=unique)
-    except RecursionError:
-        raise FormatError(f"{where}: {printable(member)} is nested too deep") from None
-    except ValueError as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{where}: {printable(member)} is not JSON ({error})") from None
+    return loads(archive.read(member, JSON_LIMIT), f"{where}: {printable(member)}")
 
 
 def _parameters(specs: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:

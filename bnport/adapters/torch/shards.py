@@ -6,12 +6,12 @@ that a part alone is refused: a weight in another part would look like a layer w
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from typing import TYPE_CHECKING
 
 from bnport.containers.files import ReadFile
+from bnport.containers.json_text import loads
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def _weight_map(path: str) -> dict[str, str]:
     file = ReadFile(path)
     if file.size > MOST_BYTES:
         raise FormatError(f"{shown}: larger than {MOST_BYTES >> 20} MiB; an index is a list of names")
-    try:
-        index = json.loads(file.pread(0, file.size))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{shown}: not an index: {printable(error)}") from None
+    index = loads(file.pread(0, file.size), f"{shown}: not an index")
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(part, str) for part in places.values()):
         raise FormatError(f'{shown}: not an index: it has no "weight_map" of tensor and file names')
