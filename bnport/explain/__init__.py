@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bnport.errors import listed, printable
 from bnport.explain.elsewhere import from_elsewhere
 from bnport.explain.layers import Diagnosis, Mistake, diagnose
 from bnport.explain.words import MISTAKES, Repair, as_dict, as_text
@@ -66,20 +67,16 @@ def explain(
     ported: Mapping[str, Layer],
     pairs: Mapping[str, str],
     *,
-    source: str = "",
-    port: str = "",
     live: bool = False,
     command_options: str = "",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Explanation:
     """Which known mistakes turn the layers of `sources` into those of `ported`, paired by `pairs` (ported -> source).
 
-    source and port name the two in the repair commands (default: their `source` attributes, if they are Layers); live
-    says that the port is a model in memory; command_options is added to the commands. Layers that are the same function
-    are never explained.
+    Repair commands name the two by their `source`, if they are Layers. live: the port is a model in memory;
+    command_options: added to the commands. Layers that are the same function are never explained.
     """
-    source = source or getattr(sources, "source", "SOURCE")
-    port = port or getattr(ported, "source", "PORTED")
+    source, port = getattr(sources, "source", "SOURCE"), getattr(ported, "source", "PORTED")
     reports = compare(sources, ported, pairs)
     differing = tuple(name for name, report in reports.items() if not report.ok)
     diagnoses: dict[str, Diagnosis] = {}
@@ -89,6 +86,7 @@ def explain(
         diagnoses[name] = diagnose(sources[pairs[name]], ported[name])
     open_ = [name for name, diagnosis in diagnoses.items() if not diagnosis.complete]
     diagnoses.update(from_elsewhere(sources, ported, pairs, diagnoses, open_))
+    repair = Repair(source, port, live, command_options)
     found: dict[str, list[tuple[str, Mistake]]] = {}
     for name, diagnosis in diagnoses.items():
         if diagnosis.complete:
@@ -97,9 +95,8 @@ def explain(
     for name, mistake in _momenta(sources, ported, pairs):
         found.setdefault("momentum", []).append((name, mistake))
     verdicts = [
-        _verdict(kind, made, [sources[pairs[name]] for name, _ in made], Repair(source, port, live, command_options))
-        for kind, made in found.items()
-    ]  # fmt: skip
+        _verdict(kind, made, [sources[pairs[name]] for name, _ in made], repair) for kind, made in found.items()
+    ]
     verdicts.sort(key=lambda verdict: -len(verdict.layers))
     unexplained = tuple(name for name, diagnosis in diagnoses.items() if not diagnosis.complete)
     leads = tuple(_leads({name: diagnoses[name] for name in unexplained}))
@@ -107,8 +104,6 @@ def explain(
 
 
 def _verdict(kind: str, made: list[tuple[str, Mistake]], sources: list[Layer], repair: Repair) -> Verdict:
-    from bnport.errors import printable
-
     name, first = max(made, key=lambda pair: len(pair[1].fields))
     evidence = f"{printable(name)}: {first.words}"
     if len(made) > 1 and kind in ("swapped", "scattered"):
@@ -136,8 +131,6 @@ def _momenta(
 
 def _leads(diagnoses: Mapping[str, Diagnosis]) -> list[str]:
     """What is known about layers that nothing explains: which of their arrays are right."""
-    from bnport.errors import listed
-
     by_right: dict[tuple[str, ...], list[str]] = {}
     for name, diagnosis in diagnoses.items():
         by_right.setdefault(diagnosis.right, []).append(name)

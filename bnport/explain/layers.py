@@ -18,7 +18,7 @@ from bnport.explain.fields import (
     telling,
 )
 from bnport.record import FIELDS, BatchNorm
-from bnport.rounding import UNIT_ROUNDOFF
+from bnport.rounding import UNIT_ROUNDOFF, round_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,7 +195,7 @@ def _by_channels(source: Numbers, port: Numbers) -> Diagnosis | None:
     if source.mean.size < 2 or port.held != source.held & port.held:
         return None
     fields = [f for f in FIELDS if f in port.held]
-    theirs = np.stack([_rounded(getattr(source, f), port.dtype) for f in fields])
+    theirs = np.stack([round_to(getattr(source, f), port.dtype).astype(np.float64) for f in fields])
     ours = np.stack([getattr(port, f) for f in fields])
     order, found = np.lexsort(theirs), np.lexsort(ours)
     if not np.array_equal(theirs[:, order], ours[:, found]) or np.unique(theirs, axis=1).shape[1] < 2:
@@ -206,12 +206,6 @@ def _by_channels(source: Numbers, port: Numbers) -> Diagnosis | None:
     permuted = source._replace(**{f: getattr(source, f)[permutation] for f in FIELDS})
     chosen = {f: Finding("", f, "") for f in FIELDS}
     return Diagnosis((*mistakes, *_epsilon(permuted, port, chosen)))
-
-
-def _rounded(array: Array, dtype: str) -> Array:
-    from bnport.rounding import round_to
-
-    return round_to(array, dtype).astype(np.float64)
 
 
 def _named(permutation: Array) -> str:

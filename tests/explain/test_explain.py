@@ -7,12 +7,21 @@ import pytest
 import torch
 
 from bnport.explain import MISTAKES, explain
+from bnport.layer import Layers
 from tests.explain import mistakes
 from tests.explain.mistakes import CASES, as_models, keras_layer, realistic, source_layer, tensors, written
 
 
 def made(name, seed=0):
     return CASES[name][1](np.random.default_rng([seed, list(CASES).index(name)]))
+
+
+def explained(layers, ported, pairs, source, port):
+    """explain() of layers that come from these two files."""
+    sources, targets = (
+        Layers(each.values(), source=name, format="made") for each, name in ((layers, source), (ported, port))
+    )
+    return explain(sources, targets, pairs)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -47,7 +56,7 @@ def test_a_healthy_port_is_silent(name):
 
 
 def test_a_wrong_order_is_spelled_out_with_what_each_array_holds():
-    text = str(explain(*made("mean and variance swapped"), source="model.pth", port="ported.weights.h5"))
+    text = str(explained(*made("mean and variance swapped"), "model.pth", "ported.weights.h5"))
     assert "mean holds the source's variance; variance holds the source's mean" in text
     assert "repair:   bnport convert model.pth ported.weights.h5 -o ported.fixed.weights.h5" in text
 
@@ -72,7 +81,7 @@ def test_two_mistakes_in_one_layer_are_both_named():
 def test_an_epsilon_that_the_source_does_not_store_may_be_right_in_the_port():
     sources, ported, pairs = made("Keras' default epsilon")
     sources = {name: layer.but(assumed={"epsilon"}) for name, layer in sources.items()}
-    (verdict,) = explain(sources, ported, pairs, source="m.pth", port="p.keras").verdicts
+    (verdict,) = explained(sources, ported, pairs, "m.pth", "p.keras").verdicts
     assert "epsilon is 0.001 (the default of Keras" in verdict.evidence
     assert "1e-05 is assumed" in verdict.repair
     assert "--epsilon 0.001" in verdict.repair
@@ -179,7 +188,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal():
     sources, ported, _ = made("std as variance")
     evil = "a\x1b[31m\nb"
     ported = {evil: ported["batch_normalization"].but(name=evil)}
-    text = str(explain(sources, ported, {evil: "bn"}, source=evil, port=evil))
+    text = str(explained(sources, ported, {evil: "bn"}, evil, evil))
     assert "\x1b" not in text
     assert "a\\x1b[31m\\nb" in text
 
@@ -187,7 +196,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal():
 def test_the_json_form_holds_what_the_text_says():
     import json
 
-    found = explain(*made("two layers swapped"), source="a.pth", port="b.keras")
+    found = explained(*made("two layers swapped"), "a.pth", "b.keras")
     value = json.loads(json.dumps(found.to_dict()))
     assert value["verdicts"][0]["mistake"] == "swapped"
     assert len(value["differing"]) == 2
