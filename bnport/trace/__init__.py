@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bnport import adapters
 from bnport._lazy import np
 from bnport.convert import pair
-from bnport.errors import BnportError, InvalidValue, printable
+from bnport.errors import BnportError, InvalidValue, first_line, printable
 from bnport.trace.comparison import Comparison
 from bnport.trace.layout import channels_first, oriented
 from bnport.trace.result import Own, Step, Trace
@@ -48,7 +48,7 @@ def trace(
     such as "NCHW" or "NHWC", says where its channels are if its shape does not, and each network gets it as it needs it.
     tolerance: the relative difference of a layer's inputs, or of the outputs, that counts; without it, 32 times (8 times
     where 16-bit floats are involved) what one rounding of the input does to A there. map, skip, only_under: as for
-    `bnport.convert`. The models are left as they were.
+    `bnport.convert`. progress: called as progress(done, total, what). The models are left as they were.
 
     Raises InvalidValue for an input or a model that cannot be run, Question where the layout decides and is not given.
     """
@@ -66,7 +66,6 @@ def trace(
     first = channels_first(x, layout, forms)
     layers_a, layers_b = (adapters.read_some(model) for model, _ in sides)
     match = pair(layers_a, layers_b, map=map, skip=skip, only_under=only_under)
-    match.raise_if_bad()
     comparison = Comparison(layers_a, layers_b, match.pairs, tolerance, progress)
     (_, adapter_a), (_, adapter_b) = sides
     xs = [oriented(x, first, *form) for form in forms]
@@ -90,9 +89,9 @@ def _tapped(
     except BnportError:
         raise
     except Exception as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        said = printable(first_line(error))
         raise InvalidValue(
-            f"{printable(name)}: cannot run on an input of shape {x.shape}: {type(error).__name__}: {printable(said)}"
+            f"{printable(name)}: cannot run on an input of shape {x.shape}: {type(error).__name__}: {said}"
         ) from error
     return outputs
 
