@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 
 from bnport._lazy import TYPE_CHECKING, np
@@ -18,7 +17,6 @@ LARGEST = {"float64": 1.7976931348623157e308, "float32": 3.4028234663852886e38, 
             "bfloat16": 3.3895313892515355e38}  # fmt: skip
 
 
-@functools.lru_cache(1024)  # a network has one or two epsilons and asks for each of its layers
 def meant_epsilon(epsilon: float) -> float:
     """The decimal that was meant by an epsilon that went through float32.
 
