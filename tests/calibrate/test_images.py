@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from bnport.calibrate.images import image_statistics
-from bnport.cli import main
+from bnport.cli import common, main
 from bnport.errors import BnportError, FormatError, InvalidValue, NotFound, Question
 
 RNG = np.random.default_rng(1)
@@ -326,14 +326,23 @@ def test_the_command_writes_json_whole_or_not_at_all(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--size", "8x8x8"], ["--size", "big"], ["--scale", "1/0"], ["--scale", "x"], ["--axis", "9"]]
-)
+    "wrong",
+    [
+        ["--size", "8x8x8"], ["--size", "big"], ["--size", "0x8"], ["--size", "-8"], ["--scale", "1/0"], ["--scale", "x"],
+        ["--axis", "9"], ["-o", ""],
+    ],
+)  # fmt: skip
 def test_the_command_refuses_wrong_settings_in_one_line(wrong, tmp_path, capsys):
     np.save(tmp_path / "x.npy", picture()[None])
     assert main(["stats", str(tmp_path / "x.npy"), *wrong]) == 2
     err = capsys.readouterr().err
     assert err.startswith("bnport: ")
     assert err.count("\n") == 1
+
+
+def test_a_size_is_read_alike_by_every_command():
+    assert {common.size_of(text) for text in ("24x32", "24X32", "24,32", "24, 32")} == {(24, 32)}
+    assert common.size_of("24") == (24, 24)
 
 
 def test_an_error_in_a_worker_process_arrives_as_itself(tmp_path, monkeypatch):
