@@ -47,6 +47,42 @@ def assert_is(layer, expected, path):
             assert bits(getattr(layer.record, field)) == bits(expected[key]), (path, field)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("whole", [True, False])
+def test_names_with_slashes_are_read_from_a_legacy_file_and_written(tmp_path, whole, nested):
+    """As in the DenseNets of Keras 2, whose first layers are conv1/conv and conv1/bn."""
+    tf_keras = pytest.importorskip("tf_keras")
+    make = tf_keras.layers
+    x = images = tf_keras.Input((4, 4, 3))
+    for block in (1, 2):
+        x = make.Conv2D(3, 1, use_bias=False, name=f"block{block}/conv")(x)
+        x = make.BatchNormalization(name=f"block{block}/bn")(x)
+    model = inner = tf_keras.Model(images, x, name="densenet")
+    if nested:
+        outer = tf_keras.Input((4, 4, 3))
+        model = tf_keras.Model(outer, inner(outer))
+    path, out = str(tmp_path / "model.h5"), str(tmp_path / "out.h5")
+    model.save(path) if whole else model.save_weights(path)
+    prefix = "densenet/" if nested else ""
+    layers = bnport.read(path)
+    assert list(layers) == [f"{prefix}block1/bn", f"{prefix}block2/bn"]
+    if whole:
+        assert layers[f"{prefix}block2/bn"].kernel.name == f"{prefix}block2/conv"
+    records = {f"{prefix}block{k}/bn": telling_record(3, seed=k, epsilon=1e-3) for k in (1, 2)}
+    replace_file(
+        out, lambda new: KERAS.write(path, {name: Change(r, frozenset(FIELDS)) for name, r in records.items()}, new)
+    )
+    if whole:
+        model = tf_keras.models.load_model(out)
+    else:
+        model.load_weights(out)
+    holder = model.get_layer("densenet") if nested else model
+    for k in (1, 2):
+        for field, theirs in THEIRS.items():
+            held = getattr(holder.get_layer(f"block{k}/bn"), theirs).numpy()
+            assert bits(held) == bits(getattr(records[f"{prefix}block{k}/bn"], field))
+
+
 @pytest.mark.parametrize("name", ["tf213.keras", "tf213.h5", "k305.keras"])
 def test_a_full_file_of_an_old_keras_reads_as_that_keras_held_it(name):
     expected = expected_of(name.split(".")[0])
