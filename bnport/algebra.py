@@ -6,6 +6,8 @@ float64; `rounded` is the one rounding. The formulas are exact: (a, b) stay what
 
 from __future__ import annotations
 
+import math
+
 from bnport._lazy import TYPE_CHECKING, np
 from bnport.errors import Unrepresentable
 from bnport.record import FIELDS, Fit, checked_epsilon, first_channels
@@ -106,6 +108,17 @@ def rounded(record: BatchNorm, dtype: str) -> BatchNorm:
     return result
 
 
+def _with_room_for_gamma(record: BatchNorm) -> BatchNorm:
+    """The record with a smaller epsilon, a power of ten, where without_gamma needs one: (variance + epsilon) / gamma**2."""
+    gamma = record.gamma.astype(np.float64)
+    with np.errstate(divide="ignore", over="ignore"):
+        room = ((record.variance.astype(np.float64) + record.epsilon) / gamma**2)[gamma != 1]
+    least = float(room.min(initial=np.inf))
+    if not 0 < least < record.epsilon:
+        return record
+    return with_epsilon(record, float(f"1e{math.floor(math.log10(least / 2))}"))
+
+
 def fit(record: BatchNorm, *, scale: bool, center: bool, epsilon: float | None, dtype: str) -> Fit:
     """The steps above, those that are needed, in their order; then rounded."""
     notes: list[str] = []
@@ -115,6 +128,10 @@ def fit(record: BatchNorm, *, scale: bool, center: bool, epsilon: float | None, 
         by_gamma = int(np.count_nonzero(fitted.gamma != record.gamma))
         where = {0: "variance", record.channels: "gamma"}.get(by_gamma, f"variance and gamma ({by_gamma} channels)")
         notes.append(f"epsilon {record.epsilon!r} -> {fitted.epsilon!r} absorbed into {where}")
+    if epsilon is None and not scale:
+        fitted = _with_room_for_gamma(record)
+        if fitted is not record:
+            notes.append(f"epsilon {record.epsilon!r} -> {fitted.epsilon!r}, so that gamma can be absorbed")
     for absent, change, note in (
         (not scale, without_gamma, "gamma absorbed into variance (target has scale=False)"),
         (not center, without_beta, "beta absorbed into mean (target has center=False)"),

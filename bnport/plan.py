@@ -58,8 +58,8 @@ def _whole(source: Layer, target: Layer) -> tuple[Change, tuple[str, ...]]:
         dtype=target.dtype,
     )
     notes = fit.notes
-    if "epsilon" in holds and source.record.epsilon != target.epsilon:
-        notes = (f"epsilon {target.epsilon!r} of the target becomes {source.record.epsilon!r}", *notes)
+    if "epsilon" in holds and fit.record.epsilon != target.epsilon:
+        notes = (f"epsilon {target.epsilon!r} of the target becomes {fit.record.epsilon!r}", *notes)
     return Change(fit.record, frozenset(WRITABLE) & holds), notes
 
 
@@ -67,7 +67,7 @@ def _partial(source: Layer, target: Layer, fields: frozenset[str]) -> tuple[Chan
     """Some fields copied, each rounded once, nothing absorbed: the target keeps its own for the rest."""
     cannot = sorted(field for field in fields if field not in target.stores)
     if cannot:
-        raise Unrepresentable(f"the target does not hold {listed(cannot)}")
+        raise Unrepresentable(f"the target does not hold {listed(cannot)}, which 'only' asks for")
     held = target.record
     record = held.replace(**{field: getattr(source.record, field) for field in fields})
     rounded = record.rounded(target.dtype)

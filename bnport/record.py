@@ -375,8 +375,9 @@ class BatchNorm:
         """This record as the target layer can hold it, and what had to change.
 
         `scale`/`center`: whether the target has gamma / beta. `epsilon`: the target's own if it cannot be changed,
-        else None (the record's is kept). `dtype`: how the target stores its arrays. Exact where nothing had to
-        change, absorbed by the algebra above, or Unrepresentable with the channel.
+        else None (the record's is kept, unless gamma can only be absorbed with a smaller one). `dtype`: how the target
+        stores its arrays. Exact where nothing had to change, absorbed by the algebra above, or Unrepresentable with
+        the channel.
         """
         from bnport.algebra import fit
 

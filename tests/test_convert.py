@@ -6,6 +6,7 @@ import copy
 import hashlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +132,29 @@ def test_an_output_named_as_another_kind_of_file_is_refused(tmp_path, name, caps
 def test_an_output_of_the_same_kind_or_of_no_known_one_is_written(tmp_path, target, name):
     assert main(["convert", PTH, target, "-o", str(tmp_path / name)]) == 0
     assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("form", ["live", "file"])
+def test_a_target_without_gamma_gets_a_smaller_epsilon_where_slopes_are_too_steep_for_the_sources(tmp_path, form):
+    """(variance + epsilon) / gamma**2 is 2.5e-4 for the first channel, less than the source's epsilon."""
+    keras = pytest.importorskip("keras")
+    source = torch.nn.Sequential(torch.nn.BatchNorm1d(3, eps=1e-3)).eval()
+    with torch.no_grad():
+        source[0].weight.copy_(torch.tensor([2.0, 1.0, 0.5]))
+        source[0].bias.copy_(torch.tensor([0.1, -0.2, 0.3]))
+        source[0].running_mean.copy_(torch.tensor([1.0, -1.0, 0.5]))
+        source[0].running_var.copy_(torch.tensor([0.0, 1e-5, 2.0]))
+    target = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(scale=False, name="bn")])
+    if form == "file":
+        target.save(tmp_path / "target.keras")
+        report = bnport.convert(source, tmp_path / "target.keras", tmp_path / "out.keras", map={"bn": "0"})
+        target = keras.saving.load_model(tmp_path / "out.keras")
+    else:
+        report = bnport.convert(source, target, map={"bn": "0"})
+    assert report.ok
+    assert "epsilon 0.001 of the target becomes 0.0001" in str(report)
+    assert target.get_layer("bn").epsilon == 1e-4
+    x = torch.tensor([[0.0, 1.0, 2.0], [1.5, -1.0, 0.0]])
+    with torch.no_grad():
+        expected = source(x).numpy()
+    np.testing.assert_allclose(np.asarray(target(x.numpy())), expected, rtol=2e-6)

@@ -360,6 +360,23 @@ def test_without_gamma_it_is_the_same_function_or_refused_by_channel(bn):
 
 @given(records())
 @settings(max_examples=300)
+def test_without_gamma_a_smaller_epsilon_is_taken_where_the_target_can_hold_one(bn):
+    gamma = bn.gamma.astype(np.float64)
+    try:
+        fit = bn.fit(scale=False, dtype="float64")
+    except Unrepresentable as error:
+        assert "slope" not in str(error)
+        assert ((gamma <= 0) & (gamma != 1)).any() or "overflow" in str(error) or "underflow" in str(error)
+    else:
+        assert (fit.record.gamma == 1).all()
+        assert (fit.record.variance >= np.minimum(bn.variance, 0)).all()
+        assert_same_function(bn, fit.record, ulps=16)
+        assert fit.record.epsilon <= bn.epsilon
+        assert (fit.record.epsilon != bn.epsilon) == any("so that gamma" in note for note in fit.notes)
+
+
+@given(records())
+@settings(max_examples=300)
 def test_without_beta_it_is_the_same_function_or_refused_by_channel(bn):
     impossible = (bn.gamma == 0) & (bn.beta != 0)
     try:
