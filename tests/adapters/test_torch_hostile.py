@@ -289,6 +289,51 @@ def test_a_pickle_bomb_is_read_or_refused_within_the_limits(tmp_path, name):
     assert (kind, said) == ("read", "0 layers") or (kind == "FormatError" and "bomb.pt" in said), (kind, said)
 
 
+def module(state, name="m"):
+    """Opcodes of a module with that state."""
+    return f"c{name}\nC\n)\x81".encode("latin-1") + state + b"b"
+
+
+def own(modules):
+    return b"}(" + unicode("_buffers") + b"}" + unicode("_modules") + modules + b"u"
+
+
+def named(count, value, key="k"):
+    """Opcodes that put a value into a dict as often as that."""
+    return b"(" + b"".join(unicode(f"{key}{number}") + value for number in range(count)) + b"u"
+
+
+EACH = b"0" + own(b"h\x01")
+
+
+def shared(filling, top, state=EACH):
+    """A pickle in which any number of modules may have one state, memo 2, and in it one dict of modules, memo 1."""
+    return b"\x80\x02}q\x01" + state + b"q\x020h\x01" + filling + b"0" + top + b"."
+
+
+ANY, LEAF, SCRIPTED = module(b"h\x02"), module(own(b"}")), module(b"h\x02", "__torch__.m")
+SHARED = {
+    "each holds all": shared(named(60_000, ANY), ANY),
+    "each holds all of a script": shared(named(60_000, SCRIPTED), SCRIPTED, state=b""),
+    "long names": shared(named(3000, ANY, "k" * 1000), ANY),
+    "each holds the same leaves": shared(named(60_000, LEAF), module(own(b"}" + named(60_000, ANY)))),
+    "models with the same leaves": shared(named(5000, LEAF), b"}" + named(5000, ANY)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_modules_that_share_their_modules_are_refused_within_the_limits(tmp_path, name):
+    """Where 3000 of them had long names, 3 MB of them were made into gigabytes."""
+    kind, said = outcome(zip_of(tmp_path / "bomb.pt", SHARED[name]))
+    assert kind == "FormatError", said
+    assert "modules nested too deep or too many" in said
+
+
+def test_a_module_is_called_by_a_text(tmp_path):
+    top = module(own(b"}" + integer(1 << 90) + LEAF + b"s"))
+    refused(zip_of(tmp_path / "a.pt", b"\x80\x02" + top + b"."), "a module under a key that is no text")
+
+
 def test_a_deflated_index_of_half_a_gigabyte_is_refused(tmp_path):
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("archive/data.pkl", "w") as member:

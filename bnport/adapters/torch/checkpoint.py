@@ -27,13 +27,15 @@ class Checkpoint:
     where:   the path, for messages.
     archive: the zip archive, or None; root: the folder in it.
     notes:   what a user should know about the file.
+    work:    spent on walking through its modules, as search.named_modules counts it.
     """
 
-    __slots__ = ("archive", "notes", "root", "value", "where")
+    __slots__ = ("archive", "notes", "root", "value", "where", "work")
 
     def __init__(self, where: str, value: Any, archive: Archive | None = None, root: str = "") -> None:
         self.where, self.value, self.archive, self.root = where, value, archive, root
         self.notes: list[str] = []
+        self.work = 0
         if archive is not None and not archive.checksums:
             self.notes.append("the file was written without checksums; damage to it cannot be noticed")
 

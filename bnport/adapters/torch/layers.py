@@ -22,6 +22,7 @@ NO_STATISTICS = (
     " function to port. Compute them from data (bnport convert --calibrate DATA, or bnport calibrate), or set"
     " track_running_stats=True, run training batches through it and save again"
 )
+INSTANCE_NORMS = "{} InstanceNorm layers are not BatchNorm and were left alone"
 LAZY = "is a lazy layer that has not seen a batch yet; run one batch through the model, then save it"
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.torch import STATE_WITHOUT
-from bnport.adapters.torch.layers import FIELD_OF, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import FIELD_OF, INSTANCE_NORMS, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
 from bnport.adapters.torch.parameters import REMEDIES, STATISTICS, by_role, roles_of
 from bnport.adapters.torch.script import IN_TRAINING
 from bnport.adapters.torch.search import chosen, models_in
-from bnport.adapters.torch.state import grouped, layers_of_state, norm_name, plain_names
+from bnport.adapters.torch.state import grouped, layers_of_state, norm_name, norm_prefixes, plain_names
 from bnport.adapters.torch.values import activation_of, class_name, held_by, own_forward, tensor_of
 from bnport.errors import FormatError, InvalidValue, NotFound, Unrepresentable, listed, printable
 from bnport.layer import Layers
@@ -120,7 +120,7 @@ def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[L
         layers.append(_layer(plain[name], module, where, inplace_abn, kernel, inputs, exported.get(id(module))))
     others = sum(_is_instance_norm(module) for module in model.modules())
     if others:
-        notes.append(f"{others} InstanceNorm layers are not BatchNorm and were left alone")
+        notes.append(INSTANCE_NORMS.format(others))
     return layers, notes
 
 
@@ -296,7 +296,7 @@ def targets_of(model: Any, inplace_abn: bool | None = None) -> dict[str, tuple[A
         return {}
     state = found.value
     plain, _ = plain_names(list(found.tensors))
-    prefixes = [full.removesuffix("running_mean") for full in found.tensors if f".{full}".endswith(".running_mean")]
+    prefixes = norm_prefixes(found.tensors, where)
     own, below = grouped(found.tensors, prefixes)
     targets = {}
     for prefix in prefixes:

@@ -7,23 +7,19 @@ nn.Module keeps everything in three dicts: _modules, _parameters and _buffers.
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.adapters.torch.layers import LAZY, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import INSTANCE_NORMS, LAZY, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.parameters import by_role, is_foreign, roles_of
-from bnport.adapters.torch.search import is_lazy, state_of, unwrapped
+from bnport.adapters.torch.search import is_lazy, named_modules, state_of
 from bnport.adapters.torch.state import plain_names
 from bnport.containers.pickle import Global, Node
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.containers.tensor import Tensor
     from bnport.layer import Kernel, Layer
-
-DEPTH = 100  # of modules in modules
-MODULES = 100_000
 
 
 def class_of(value: Any) -> str:
@@ -38,7 +34,8 @@ def class_of(value: Any) -> str:
 
 def layers_of_module(root: Any, checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
     """The BatchNorm layers of a pickled module, in its own order, and notes about the whole."""
-    modules = list(_named(root, checkpoint))
+    found = named_modules(root, checkpoint, state_of, lambda state: checkpoint.items(state["_modules"]))
+    modules = [(name, class_of(value), state) for name, value, state in found]
     plain, notes = plain_names([name for name, _, _ in modules])
     kernels = feeding(_definitions(modules, plain, checkpoint))
     layers, instance_norms = [], 0
@@ -49,27 +46,8 @@ def layers_of_module(root: Any, checkpoint: Checkpoint, inplace_abn: bool | None
         elif _is_batchnorm(short, state, checkpoint):
             layers.append(_layer(plain[name], kind, state, checkpoint, inplace_abn, kernels.get(plain[name])))
     if instance_norms:
-        notes.append(f"{instance_norms} InstanceNorm layers are not BatchNorm and were left alone")
+        notes.append(INSTANCE_NORMS.format(instance_norms))
     return layers, notes
-
-
-def _named(root: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(name, class, state) of every module, depth first, each object once, as named_modules() gives them."""
-    seen: set[int] = set()
-    pending = [("", root, 0)]
-    while pending:
-        name, value, depth = pending.pop()
-        value = unwrapped(value)
-        state = state_of(value)
-        if state is None or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if depth > DEPTH or len(seen) > MODULES:
-            raise FormatError(f"{checkpoint.where}: {printable(name)}: modules nested too deep or too many")
-        yield name, class_of(value), state
-        children = checkpoint.items(state["_modules"]) or {}
-        below = [(f"{name}.{key}" if name else str(key), child, depth + 1) for key, child in children.items()]
-        pending.extend(reversed(below))
 
 
 def _get(state: dict[str, Any], name: str, checkpoint: Checkpoint) -> Any:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.code import applied, given_by
-from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import INSTANCE_NORMS, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.parameters import by_role, is_foreign, roles_of
+from bnport.adapters.torch.search import named_modules
 from bnport.adapters.torch.state import plain_names
 from bnport.containers.pickle import Node
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
     from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.layer import Kernel, Layer
 
 CODE_LIMIT = 8 << 20  # bytes of one source file
-DEPTH = 100
-MODULES = 100_000
 
 IN_TRAINING = "was traced in training mode, so it uses the statistics of each batch; call eval() before torch.jit.trace"
 FOREIGN = "its class {} is none that bnport knows: what it passes to batch_norm is read, not what else it computes"
@@ -27,7 +25,8 @@ FOREIGN = "its class {} is none that bnport knows: what it passes to batch_norm 
 
 def layers_of_script(checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[list[Layer], list[str]]:
     """The BatchNorm layers of a scripted or traced module, in its own order, and notes about the whole."""
-    modules = list(_named(checkpoint))
+    found = named_modules(checkpoint.value, checkpoint, _state_of, lambda state: state)
+    modules: list[tuple[str, Node]] = [(name, node) for name, node, _ in found]
     plain, notes = plain_names([name for name, _ in modules])
     kernels = feeding(_definitions(modules, plain, checkpoint))
     code: dict[str, str] = {}
@@ -41,30 +40,17 @@ def layers_of_script(checkpoint: Checkpoint, inplace_abn: bool | None) -> tuple[
             continue
         layers.append(_layer(plain[name], node, text, checkpoint, inplace_abn, kernels.get(plain[name])))
     if instance_norms:
-        notes.append(f"{instance_norms} InstanceNorm layers are not BatchNorm and were left alone")
+        notes.append(INSTANCE_NORMS.format(instance_norms))
     if not layers:
         notes.append("TorchScript without BatchNorm: torch.jit.freeze and optimize_for_inference fold it away")
     return layers, notes
 
 
-def _named(checkpoint: Checkpoint) -> Iterator[tuple[str, Node]]:
-    """(name, module) for every module, depth first, each object once."""
-    seen: set[int] = set()
-    pending = [("", checkpoint.value, 0)]
-    while pending:
-        name, node, depth = pending.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if depth > DEPTH or len(seen) > MODULES:
-            raise FormatError(f"{checkpoint.where}: {printable(name)}: modules nested too deep or too many")
-        yield name, node
-        below = [
-            (f"{name}.{key}" if name else str(key), child, depth + 1)
-            for key, child in node.state.items()
-            if isinstance(child, Node) and child.path.startswith("__torch__.") and isinstance(child.state, dict)
-        ]
-        pending.extend(reversed(below))
+def _state_of(value: Any) -> dict[str, Any] | None:
+    """What lies in a module, None for what is none."""
+    if isinstance(value, Node) and value.path.startswith("__torch__.") and isinstance(value.state, dict):
+        return value.state
+    return None
 
 
 def _has_statistics(node: Node) -> bool:

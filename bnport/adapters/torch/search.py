@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, Protocol
 from bnport.adapters.torch.layers import LAZY
+from bnport.adapters.torch.parameters import STATISTICS
 from bnport.containers.pickle import Global, Node
 from bnport.errors import FormatError, NotFound, Question, listed, printable
 
@@ -11,10 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+    from bnport.adapters.torch.checkpoint import Checkpoint
     from bnport.containers.tensor import Tensor
 
 DEPTH = 6  # of dicts in dicts; deeper ones are configurations
 VALUES = 200_000  # looked at in all
+
+LEVELS = 100  # of modules in modules
+WORK = 10_000_000  # in all modules of a file: their items, the characters of their names, and PER_MODULE for each
+PER_MODULE = 100  # so there may be about 50 000; the largest published models have 10 000
 
 _PLAIN = (type(None), bool, int, float, str, bytes, dict, list, tuple)
 _LOSES = ("optimizer", "optimizer_state_dict", "optim", "scheduler", "lr_scheduler")  # never a model
@@ -70,6 +76,41 @@ def state_of(value: Any) -> dict[str, Any] | None:
     return state if isinstance(state, dict) and "_modules" in state and "_buffers" in state else None
 
 
+def named_modules(
+    root: Any,
+    checkpoint: Checkpoint,
+    state_of: Callable[[Any], dict[str, Any] | None],
+    children_of: Callable[[dict[str, Any]], dict[Any, Any] | None],
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, module, state) of a module and of all below it, depth first, each object once, as torch's named_modules().
+
+    state_of: what lies in a module, None for what is none; children_of: the items of a state that may be modules. Raises
+    FormatError for more than real models have: a few bytes of a pickle put one dict into any number of modules.
+    """
+    seen: set[int] = set()
+    levels: list[tuple[str, Iterator[tuple[Any, Any]]]] = [("", iter([("", root)]))]
+    while levels:
+        prefix, rest = levels[-1]
+        for key, child in rest:
+            module = unwrapped(child)
+            state = state_of(module)
+            if state is None or id(module) in seen:
+                continue
+            if not isinstance(key, str):
+                raise FormatError(f"{checkpoint.where}: {printable(prefix)}: a module under a key that is no text")
+            seen.add(id(module))
+            name = f"{prefix}.{key}" if prefix else key
+            children = children_of(state) or {}
+            checkpoint.work += len(state) + len(children) + len(name) + PER_MODULE
+            if len(levels) > LEVELS + 1 or checkpoint.work > WORK:
+                raise FormatError(f"{checkpoint.where}: {printable(name)}: modules nested too deep or too many")
+            yield name, module, state
+            levels.append((name, iter(children.items())))
+            break
+        else:
+            levels.pop()
+
+
 class Found(NamedTuple):
     """A state dict (tensors by name) or a module (`tensors` None), and the path of keys that leads to it."""
 
@@ -118,7 +159,7 @@ def _walk(
 
 
 def _is_statistic(name: str) -> bool:
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
+    return name.rpartition(".")[2] in STATISTICS
 
 
 def tensors_of(items: dict[Any, Any], reader: Reader) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
-from bnport.adapters.torch.parameters import by_role, roles_of
+from bnport.adapters.torch.parameters import STATISTICS, by_role, roles_of
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def layers_of_state(
         notes.append(
             "an averaged model: its running statistics are not averaged unless it was made with use_buffers=True"
         )
-    prefixes = _prefixes(tensors, where)
+    prefixes = norm_prefixes(tensors, where)
     kernels = feeding(_definitions(tensors, prefixes, plain))
     own, below = grouped(tensors, prefixes)
     layers = []
@@ -82,14 +82,15 @@ def layers_of_state(
     return layers, notes
 
 
-def _prefixes(tensors: Mapping[str, Tensor], where: str) -> list[str]:
+def norm_prefixes(tensors: Mapping[str, Tensor], where: str) -> list[str]:
+    """What stands before running_mean and running_var in the names of a state dict; FormatError for one without the other."""
     prefixes: dict[str, None] = {}
     for name in tensors:
-        for last in ("running_mean", "running_var"):
+        for last in STATISTICS:
             if name == last or name.endswith("." + last):
                 prefixes[name.removesuffix(last)] = None
     for prefix in prefixes:
-        for last in ("running_mean", "running_var"):
+        for last in STATISTICS:
             if prefix + last not in tensors:
                 raise FormatError(f"{where}: {printable(prefix + last)!r} is missing beside its counterpart")
     return list(prefixes)
