@@ -90,7 +90,7 @@ def rounded(record: BatchNorm, dtype: str) -> BatchNorm:
             at = int(np.argmax(over))
             raise Unrepresentable(
                 f"{name}, {first_channels(over)}: {float(getattr(record, name)[at])!r} does not fit {dtype}"
-                f" (largest {LARGEST[dtype]:g})"
+                f" (largest {LARGEST[dtype]:g}); a target that stores {_wider(dtype)} holds it"
             )
     lost = arrays["variance"].astype(np.float64) + record.epsilon <= 0
     if lost.any():
@@ -104,8 +104,15 @@ def rounded(record: BatchNorm, dtype: str) -> BatchNorm:
         old, new = getattr(record, name).astype(np.float64), getattr(result, name).astype(np.float64)
         bad |= np.abs(new - old) > u * np.maximum(np.abs(old), spread)
     if bad.any():
-        raise Unrepresentable(f"{first_channels(bad)}: values underflow in {dtype} and would change the function")
+        raise Unrepresentable(
+            f"{first_channels(bad)}: values underflow in {dtype} and would change the function; a target that stores"
+            f" {_wider(dtype)} holds them"
+        )
     return result
+
+
+def _wider(dtype: str) -> str:
+    return "float64" if dtype == "float32" else "float32"
 
 
 def _with_room_for_gamma(record: BatchNorm) -> BatchNorm:

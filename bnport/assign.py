@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
-from bnport.errors import InvalidValue, NotFound, Question, listed, printable
+from bnport.errors import InvalidValue, NotFound, Question, Unrepresentable, listed, printable
 from bnport.layer import Change
 from bnport.record import BatchNorm, refuse_masked
 
@@ -44,9 +44,9 @@ def set_weights(
     variance belong together and to the data that the layer sees; setting one of them alone changes the function.
 
     Raises InvalidValue for wrong shapes, NaN or infinity, masked values, variance + epsilon <= 0, a layer that is not built
-    yet or does not have what is to be set; Question for mean and variance that look swapped and a std that looks like a
-    variance (or the reverse), and if the model has several layers and none is named; NotFound for an unknown name. On any
-    error nothing is changed.
+    yet or does not have what is to be set; Unrepresentable for values that its dtype cannot hold; Question for mean and
+    variance that look swapped and a std that looks like a variance (or the reverse), and if the model has several layers
+    and none is named; NotFound for an unknown name. On any error nothing is changed.
     """
     from bnport import adapters
 
@@ -74,8 +74,8 @@ def set_weights(
     try:
         record = BatchNorm(**{**old, **new}, epsilon=found.epsilon if epsilon is None else epsilon)
         record = record.rounded(found.dtype)
-    except InvalidValue as error:
-        raise InvalidValue(f"{_named(found)}: {error}{_lesson(new)}") from None
+    except (InvalidValue, Unrepresentable) as error:
+        raise type(error)(f"{_named(found)}: {error}{_lesson(new)}") from None
     fields = frozenset(new) | ({"epsilon"} if epsilon is not None else frozenset())
     adapter.apply(target, {found.name: Change(record, fields)})
     return record

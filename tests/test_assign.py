@@ -132,9 +132,14 @@ def test_a_gamma_for_a_layer_without_one_is_refused():
         bnport.set_weights(keras_layer(scale=False), gamma=GAMMA)
 
 
-def test_a_value_that_overflows_the_layers_dtype_is_refused():
-    with pytest.raises(ValueError, match="does not fit float16"):
-        bnport.set_weights(keras_layer(dtype="float16"), gamma=[70000] * C)
+@pytest.mark.parametrize(
+    ("gamma", "why"),
+    [(70000, "does not fit float16.*float32 holds it"), (1e-9, "underflow in float16.*float32 holds them")],
+)
+def test_a_value_beyond_the_layers_dtype_is_refused_with_the_layers_name_and_what_would_hold_it(gamma, why):
+    layer = keras_layer(dtype="float16")
+    with pytest.raises(ValueError, match=f"layer '{layer.name}': .*{why}"):
+        bnport.set_weights(layer, gamma=[gamma] * C)
 
 
 def test_a_file_is_not_changed_in_place():
