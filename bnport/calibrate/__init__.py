@@ -5,6 +5,7 @@
     moments.py, sums.py       count, mean and m2 per channel; how they merge; the loops under them
     averages.py, tree.py      averages of batch statistics that merge; the fixed tree that everything is merged in
     executors.py, pinned.py   one function over many blocks: processes, Dask, Ray; workers that keep their state
+    clusters.py               Dask and Ray as both use them
     data.py, sources.py, arrays.py, folder.py    data of every kind as checked batches
     models.py, norm.py, graph.py                 a live Keras model, one BatchNorm layer of it, its steps in order
     states.py, hooks.py       what else a model holds and keeps; standing in for the calls of its layers

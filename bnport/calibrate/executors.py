@@ -13,14 +13,15 @@ merged in a fixed tree (moments.Tree), the result has the same bits with one wor
 
 Dask's own setting MALLOC_TRIM_THRESHOLD_ slows everything down that takes and frees large blocks of memory, torch's layers
 2.3 times. It is left out in a cluster started here; in one that exists already set
-`distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_` to null.
+`distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_` to null. And a LocalCluster gives a worker that died up for ever
+if it is not back within `distributed.deploy.lost-worker-timeout`, 15 seconds; here that is an hour.
 
 Blocks are descriptions of work (paths, ranges of rows), small and picklable; the function reads the data itself. Make a
 block worth 100 ms or more: an engine adds 0.5 to 3 ms to each. `function` must be importable in another process (defined
 at the top of a module); with "local", a script needs its `if __name__ == "__main__":`.
 
 A function that raises ends the run with that exception. A block whose worker dies `retries` times more ends it with
-WorkerLost: it is the block, then, not chance.
+WorkerLost: it is the block, then, not chance. So does a Dask cluster that has no worker at all for two minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from collections import deque
 from collections.abc import Sized
 from typing import TYPE_CHECKING, TypeVar
 
-from bnport.errors import InvalidValue, MissingDependency, WorkerLost, printable
+from bnport.errors import InvalidValue, WorkerLost, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -85,10 +86,11 @@ def map_blocks(
         results: Iterator[Result] = map(function, blocks)
     elif engine == "local":
         results = _local(function, iter(blocks), count, retries)
-    elif engine == "dask":
-        results = _dask(function, iter(blocks), workers, address, retries)
     else:
-        results = _ray(function, iter(blocks), workers, address, retries)
+        from bnport.calibrate.clusters import dask_blocks, ray_blocks
+
+        on_cluster = dask_blocks if engine == "dask" else ray_blocks
+        results = on_cluster(function, iter(blocks), workers, address, retries)
     return _reported(results, total, progress) if progress else results
 
 
@@ -251,123 +253,3 @@ def _blame(pending: _Pending, retries: int) -> None:
             f"block {pending.number}: its worker process died {pending.lost} times (killed, or out of memory?);"
             ' use fewer workers or smaller blocks. A script must call this below if __name__ == "__main__":'
         )
-
-
-# Clusters.
-
-
-def _in_order(
-    submit: Callable[[Block], Any],
-    finished: Callable[[set[Any]], Iterable[Any]],
-    collect: Callable[[Any], Result],
-    blocks: Iterator[Block],
-    ahead: int,
-    running: set[Any],
-) -> Iterator[Result]:
-    """Keep `ahead` blocks in flight and yield their results in order.
-
-    submit gives a handle, collect its result; finished waits until some of the handles are done, and says which.
-    running: an empty set; the handles that are not known to be done.
-    """
-    window: deque[Any] = deque()
-    for block in blocks:
-        window.append(submit(block))
-        running.add(window[-1])
-        while len(running) >= ahead or len(window) >= max(ahead, HELD):
-            if window[0] in running:
-                running.difference_update(finished(running))
-            else:
-                yield collect(window.popleft())
-    while window:
-        running.discard(window[0])
-        yield collect(window.popleft())
-
-
-def dask_client(workers: int | None, address: Any, retries: int) -> tuple[Any, bool]:
-    """(a Dask client, whether it was made here and must be closed)."""
-    try:
-        import dask
-        import distributed
-    except ImportError:
-        raise MissingDependency("engine 'dask' needs dask.distributed: pip install 'bnport[dask]'") from None
-    if isinstance(address, distributed.Client):
-        return address, False
-    if address is not None:
-        return distributed.Client(address, set_as_default=False), True
-    options = {"n_workers": workers or cores(), "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-    settings = {
-        "distributed.scheduler.allowed-failures": retries,
-        # not set: any value makes glibc give back every large block at once, and a forward pass takes 1.2 (TensorFlow)
-        # to 2.3 (torch) times the processor's time, for the pages that it must be given anew
-        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
-    }
-    with dask.config.set(settings):
-        return distributed.Client(set_as_default=False, **options), True
-
-
-def _dask(
-    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
-) -> Iterator[Result]:
-    client, owned = dask_client(workers, address, retries)
-    import distributed
-
-    running: set[Any] = set()
-
-    def collect(future: Any) -> Result:
-        try:
-            result: Result = future.result()
-        except distributed.KilledWorker as error:
-            raise WorkerLost(f"Dask lost the worker of a block again and again: {printable(error)}") from None
-        return result
-
-    try:
-        threads = sum(client.nthreads().values()) or workers or cores()
-        completed = distributed.as_completed(loop=client.loop)
-
-        def submit(block: Block) -> Any:
-            future = client.submit(function, block, pure=False)  # or equal blocks would be taken for one
-            completed.add(future)
-            return future
-
-        yield from _in_order(submit, lambda _: completed.next_batch(), collect, blocks, AHEAD * threads, running)
-    finally:
-        client.cancel(list(running))
-        if owned:
-            client.close()
-
-
-def ray_cluster(workers: int | None, address: Any) -> tuple[Any, bool]:
-    """(the ray module, joined to a cluster; whether it was joined here and must be left)."""
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependency("engine 'ray' needs Ray: pip install 'bnport[ray]'") from None
-    owned = not ray.is_initialized()
-    if owned:
-        local = {"num_cpus": workers or cores(), "include_dashboard": False} if address is None else {}
-        ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
-    return ray, owned
-
-
-def _ray(
-    function: Callable[[Block], Result], blocks: Iterator[Block], workers: int | None, address: Any, retries: int
-) -> Iterator[Result]:
-    ray, owned = ray_cluster(workers, address)
-    task = ray.remote(function).options(max_retries=retries)
-
-    def collect(reference: Any) -> Result:
-        try:
-            result: Result = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # the function's own exception, as the other engines raise it
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            raise WorkerLost(f"Ray lost the worker of a block {retries + 1} times: {printable(error)}") from None
-        return result
-
-    try:
-        processors = int(ray.cluster_resources().get("CPU", 0)) or workers or cores()
-        ahead = AHEAD * processors
-        yield from _in_order(task.remote, lambda running: ray.wait(list(running))[0], collect, blocks, ahead, set())
-    finally:
-        if owned:
-            ray.shutdown()

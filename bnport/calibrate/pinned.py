@@ -13,9 +13,11 @@ by returning None; it is then given `again(block)` instead.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bnport.calibrate.executors import ENGINES, RETRIES, Process, cores, dask_client, ray_cluster
+from bnport.calibrate.clusters import Vigil, Waiting, dask_client, dask_result, ray_cluster
+from bnport.calibrate.executors import ENGINES, RETRIES, Process, cores
 from bnport.errors import InvalidValue, WorkerLost, printable
 
 if TYPE_CHECKING:
@@ -149,14 +151,14 @@ class _Dask(_Workers):
     """Tasks bound to a worker by its address. Dask itself would move them: to balance the load, or never, if it is gone."""
 
     def __init__(self, workers: int | None, address: Any, retries: int) -> None:
-        self.client, self.owned = dask_client(workers, address, retries)
+        self.client, self._close = dask_client(workers, address, retries)
         self.retries = retries
-        self.homes = self._alive()
-        self.count = max(1, len(self.homes))
+        self.vigil = Vigil(self.client)
+        while not (homes := self.vigil.workers()):
+            time.sleep(POLL)
+        self.homes = homes
+        self.count = len(homes)
         self.missed: dict[int, float] = {}  # place -> since when its worker is gone
-
-    def _alive(self) -> list[str]:
-        return sorted(self.client.nthreads())
 
     def map(
         self, function: Callable[[Any], Any], blocks: Sequence[Any], again: Callable[[Any], Any] | None = None
@@ -173,26 +175,24 @@ class _Dask(_Workers):
         try:
             with self.client.as_current():
                 done = distributed.wait(list(running), timeout=POLL, return_when="FIRST_COMPLETED").done
-        except TimeoutError:
-            moved = self._rehome()
-            gone = [future for future, i in running.items() if i % self.count in moved and not future.done()]
-            self.client.cancel(gone)
-            return [(future, LOST) for future in gone]
+        except distributed.TimeoutError:  # Python 3.10 has several of this name
+            done = set()
         outcomes = []
         for future in done:
             try:
-                outcomes.append((future, future.result(timeout=PATIENCE)))
-            except distributed.KilledWorker as error:
-                raise WorkerLost(f"Dask lost the worker of a shard again and again: {printable(error)}") from None
-            except TimeoutError:  # its worker has died since, and the result with it: the next look finds that
+                outcomes.append((future, dask_result(future, PATIENCE)))
+            except Waiting:  # its worker has died since, and the result with it
                 continue
-        return outcomes
+        if outcomes:
+            return outcomes
+        moved = self._rehome()
+        gone = [f for f, i in running.items() if i % self.count in moved and (f in done or not f.done())]
+        self.client.cancel(gone)
+        return [(future, LOST) for future in gone]
 
     def _rehome(self) -> set[int]:
         """Give the places of workers that are gone to new ones, or after PATIENCE seconds to others; which places."""
-        import time
-
-        alive, now, moved = self._alive(), time.monotonic(), set()
+        alive, now, moved = self.vigil.workers(), time.monotonic(), set()
         spare = [home for home in alive if home not in self.homes]  # a restarted worker has a new address
         for place, home in enumerate(self.homes):
             if home in alive:
@@ -202,16 +202,13 @@ class _Dask(_Workers):
                 self.homes[place] = spare.pop() if spare else alive[place % len(alive)]
                 moved.add(place)
                 del self.missed[place]
-            elif waited > 2 * PATIENCE:
-                raise WorkerLost("Dask has no workers left")
         return moved
 
     def _cancel(self, running: Iterable[Any]) -> None:
         self.client.cancel(list(running))
 
     def close(self) -> None:
-        if self.owned:
-            self.client.close()
+        self._close()
 
 
 class _Ray(_Workers):

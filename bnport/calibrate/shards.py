@@ -103,7 +103,7 @@ def one_pass(
 
     order: is told the batches that were read, and refuses others than a resumed run's.
     """
-    from bnport.calibrate.executors import cores, dask_client, map_blocks
+    from bnport.calibrate.executors import cores, map_blocks
 
     size = shard_size(length, 2 * (workers or cores()))  # twice as many as they need, so that they end together
     todo = list(parts(plan, run.batches, length, min(size, LARGEST)))
@@ -119,10 +119,11 @@ def one_pass(
         else:
             results.close()  # type: ignore[attr-defined]
         if engine == "dask" and address is not None:  # its workers live on
-            client, owned = dask_client(None, address, 0)
+            from bnport.calibrate.clusters import dask_client
+
+            client, close = dask_client(None, address, 0)
             client.run(forget)
-            if owned:
-                client.close()
+            close()
 
 
 def _check(order: Order | None, first: int, digests: tuple[bytes, ...]) -> None:

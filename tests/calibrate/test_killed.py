@@ -34,7 +34,8 @@ from tests.calibrate import nets, work
 @contextlib.contextmanager
 def cluster(engine):
     if engine == "dask":
-        import distributed
+        import dask, distributed
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"})  # this machine may be busy
         with distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
             yield client
     elif engine == "ray":

@@ -67,6 +67,18 @@ def fails(block):
     return block * block
 
 
+def times_out(block):
+    """Raises TimeoutError, as a slow disk does."""
+    raise TimeoutError("the disk is slow")
+
+
+def slow_unless_first(block):
+    """Returns 0 at once for block 0, and does not end for the others while anybody waits."""
+    if block:
+        time.sleep(600)
+    return block
+
+
 def where(block):
     """The process."""
     return block, os.getpid()
