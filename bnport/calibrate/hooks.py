@@ -70,6 +70,12 @@ def _interceptor(norm: Norm, original: Callable[..., Any], hook: Hook) -> Callab
     def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return hook(norm, original, inputs, _argument("mask", original, inputs, args, kwargs), args, kwargs)
 
+    return _looking_like(original, call)
+
+
+def _looking_like(original: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` with the signature of `original`: TimeDistributed of Keras 2 hands a mask on only to a layer that names it."""
+    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return call
 
 
@@ -84,7 +90,7 @@ def _told_apart(original: Callable[..., Any], known: dict[int, Norm], hook: Hook
         reached.add(id(self))
         return _interceptor(norm, functools.partial(original, self), hook)(*args, **kwargs)
 
-    return call
+    return _looking_like(original, call)
 
 
 def _watched(norm: Norm, original: Callable[..., Any], reached: set[int]) -> Callable[..., Any]:
@@ -102,4 +108,4 @@ def _watched(norm: Norm, original: Callable[..., Any], reached: set[int]) -> Cal
             )
         return out
 
-    return call
+    return _looking_like(original, call)
