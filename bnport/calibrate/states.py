@@ -3,7 +3,8 @@
     kind        what                                                     held on TensorFlow, JAX   held on torch
     state       weights made with trainable=False, states of recurrent   the value itself, which   a copy
                 layers, buffers of torch modules, a layer's tf.Variable  nothing can write to
-    random      seed generators of layers, and Keras' own (Keras 3)      same                      a copy
+    random      seed generators of layers, and Keras' own (Keras 3);     same                      a copy
+                torch's own, which dropout there draws from
     metric      metrics of the model and of its layers                   same                      a copy
     trainable   all other weights, frozen ones too                       same                      its version counter
 
@@ -32,7 +33,7 @@ CARRIED = ("state", "random")
 class Held:
     """One variable, and the value that it had when this object was made.
 
-    owners: ids of the layers that it belongs to; none for Keras' own seed generator, which any layer may draw from.
+    owners: ids of the layers that it belongs to; none for Keras' own and torch's, which any layer may draw from.
     """
 
     __slots__ = ("backend", "before", "kind", "name", "owners", "variable")
@@ -81,6 +82,20 @@ class Held:
             self.put(self.before)
 
 
+class _Generator:
+    """A generator of torch as a variable that holds its state."""
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+
+    @property
+    def _value(self) -> Any:
+        return self.generator.get_state()
+
+    def assign(self, state: Any) -> None:
+        self.generator.set_state(state)
+
+
 class States:
     """All variables of a model but the statistics of its BatchNorm layers (those are models.Norm's), as they are now.
 
@@ -104,6 +119,11 @@ class States:
         generator = self._stack.enter_context(_global_generator(self.live))
         if generator is not None and id(generator.state) not in self._held:
             self._held[id(generator.state)] = Held(generator.state, "random", "keras.random", self.live.backend)
+        if self.live.backend == "torch":
+            torch = sys.modules["torch"]
+            devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+            for own in (torch.default_generator, *devices):
+                self._held[id(own)] = Held(_Generator(own), "random", "torch.random", "torch")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from bnport.calibrate.data import Batch, Batches
     from bnport.calibrate.models import LiveModel, Norm
+    from bnport.calibrate.states import Held
 
 
 class Plan(NamedTuple):
@@ -91,10 +92,9 @@ def work(task: Task) -> Done | None:
             if task.shard in _run["sessions"]:
                 _run["sessions"].pop(task.shard).close()
             _run["sessions"][task.shard] = _Session(task, live)
-        with _independent(live):
-            done: Done = _run["sessions"][task.shard].round(
-                {name: Moments.from_bytes(data) for name, data in task.new.items()}
-            )
+        session: _Session = _run["sessions"][task.shard]
+        with _independent(live, session.batches):
+            done: Done = session.round({name: Moments.from_bytes(data) for name, data in task.new.items()})
         return done
 
 
@@ -107,7 +107,7 @@ def work_once(part: Part) -> Seen:
         selected = [norm for norm in live.norms if norm.name in part.plan.names]
         one_pass = OnePass(live, selected, part.plan.method, unbiased=part.plan.unbiased)
         batches = _Counted(live, part.plan, part.first, 1 << part.level)
-        with _independent(live):
+        with _independent(live, batches):
             one_pass.run(batches)
         batches.check()
         return Seen(one_pass.results(), batches.samples, batches.taken())
@@ -123,23 +123,45 @@ def _model(plan: Plan) -> LiveModel:
 
 
 @contextlib.contextmanager
-def _independent(live: LiveModel) -> Iterator[None]:
+def _independent(live: LiveModel, batches: _Counted) -> Iterator[None]:
     """Inference that must not leave anything behind for the next batch."""
     with live.running():
         yield
-        if live.states is not None and live.states.moved():
+        moved = [] if live.states is None else live.states.moved()
+        if moved and not (all(held.kind == "random" for held in moved) and _in_vain(live, moved, batches.last)):
             raise InvalidValue(
                 f"{live.what}: what a batch gives depends on the batches before it (a stateful recurrent layer, or random"
                 " numbers drawn at inference), so it cannot be divided among workers; leave engine out"
             )
 
 
+def _in_vain(live: LiveModel, moved: list[Held], batch: Any) -> bool:
+    """Whether a batch gives the same with the random states before these draws as after them.
+
+    Recurrent layers draw the masks of their dropout at inference too, and do not use them.
+    """
+    statistics = [(variable, variable.numpy().copy()) for norm in live.norms for variable in norm._variables()]
+    found = []
+    with live.untouched():
+        for restore in (False, True):
+            if restore:
+                for held in moved:
+                    held.restore()
+            once = OnePass(live, live.norms, "precise")
+            once.run([batch])
+            found.append(once.results())
+    for variable, value in statistics:
+        variable.assign(value)
+    return found[0] == found[1]
+
+
 class _Counted:
-    """Batches of a shard, counted."""
+    """Batches of a shard, counted; `last` is the one that was read last."""
 
     def __init__(self, live: LiveModel, plan: Plan, first: int, batches: int) -> None:
         self.live, self.plan, self.first, self.batches = live, plan, first, batches
         self.samples = self.seen = 0
+        self.last: Any = None
         self._digests: list[bytes] = []
 
     def taken(self) -> tuple[bytes, ...]:
@@ -154,6 +176,7 @@ class _Counted:
         for batch in itertools.islice(batches.iterate(self.first), self.batches):
             self.samples += len(self.live.tree.flatten(batch)[0])
             self.seen += 1
+            self.last = batch
             if self.plan.digests:
                 self._digests.append(of_batch(self.live, batch))
             yield batch

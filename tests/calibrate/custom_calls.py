@@ -78,7 +78,69 @@ def layers_of_more_than_one_number_per_channel_are_refused():
             calibrate(keras.Model(i, L.BatchNormalization(name="bn", **options)(i)), nets.data(64, (8, 8, 4)))
 
 
+def a_mask_that_a_wrapper_hands_on_to_the_layer_inside():
+    """Keras 2's TimeDistributed looks at the arguments that call() names; what it does is seen in a spy with the same."""
+    seen = []
+
+    class Spy(L.BatchNormalization):
+        def call(self, inputs, training=None, mask=None):
+            if BACKEND != "tensorflow" or hasattr(inputs, "numpy"):  # not while the graph is made
+                rows = numpy(inputs).reshape(-1, 3)
+                seen.append(rows if mask is None else rows[numpy(mask).astype(bool).reshape(-1)])
+            return super().call(inputs, training=training, mask=mask)
+
+    x = nets.data(40, (5, 3))
+    x[np.random.default_rng(0).random((40, 5)) < 0.3] = 0
+    i = keras.Input((5, 3))
+    masked = L.Masking()(i)
+    counts = {}
+    for kind in (Spy, L.BatchNormalization):
+        model = keras.Model(i, L.TimeDistributed(kind(name="inner"), name="outer")(masked))
+        for k in range(0, 40, 16):
+            if kind is Spy:
+                model(x[k : k + 16], training=False)
+        rows = np.concatenate(seen)
+        for method in ("population", "precise"):
+            (layer,) = calibrate(model, x, batch_size=16, method=method).layers
+            counts[kind, method] = layer.n
+            mean, variance = nets.two_pass([rows])
+            assert layer.n == len(rows), (layer.n, len(rows))
+            np.testing.assert_allclose(layer.mean, mean, rtol=1e-5)
+            np.testing.assert_allclose(layer.variance, variance, rtol=1e-5)
+            seen[:] = [rows]
+    assert len(rows) < 200 or not KERAS_2  # Keras 2 does hand it on
+
+
+def random_numbers_that_the_framework_itself_draws():
+    """Dropout in training inside a model without a graph: every round sees what one pass sees, and no state moves."""
+
+    class Noisy(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.drop = L.Dropout(0.5) if not KERAS_2 else L.Dropout(0.5, rng_type="stateful")
+            self.first, self.second = L.BatchNormalization(name="first"), L.BatchNormalization(name="second")
+
+        def call(self, x, training=False):
+            x = self.first(self.drop(x, training=True), training=training)
+            return self.second(x * x, training=training)
+
+    x, model = nets.data(64, (4,)), Noisy()
+    model(x[:2])
+    calibrate(model, x, batch_size=16)
+    if BACKEND == "torch":
+        import torch
+
+        before = torch.get_rng_state().numpy().tobytes()
+        for method in METHODS:
+            calibrate(model, torch.utils.data.DataLoader(x, batch_size=16), method=method)
+            assert torch.get_rng_state().numpy().tobytes() == before, method
+        calibrate(model, x, batch_size=16)
+    nets.close_to_two_pass(model, x)
+
+
 CHECKS = [
+    a_mask_that_a_wrapper_hands_on_to_the_layer_inside,
+    random_numbers_that_the_framework_itself_draws,
     a_layer_that_inference_calls_in_training_and_without_is_refused,
     statistics_of_64_bits_and_what_a_backend_makes_of_them,
     layers_of_more_than_one_number_per_channel_are_refused,

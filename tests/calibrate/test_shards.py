@@ -8,7 +8,8 @@ import os
 import numpy as np
 import pytest
 
-from bnport.calibrate import data, run, shards
+from bnport.calibrate import data, run, shards, worker
+from bnport.calibrate.models import LiveModel
 from bnport.calibrate.pinned import open_workers
 from bnport.calibrate.run import calibrate
 from bnport.errors import InvalidValue, WorkerLost
@@ -47,6 +48,43 @@ def test_shards_give_the_bits_of_one_process(build, method, batch_size, rows, mo
         assert many == one
         assert (result.rounds, result.batches, result.samples) == (alone.rounds, alone.batches, 300)
         assert [layer.n for layer in result.layers] == [layer.n for layer in alone.layers]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_that_recurrent_layers_draw_and_do_not_use_are_no_obstacle(method, tmp_path):
+    i = nets.keras.Input((5, 3))
+    x = nets.L.LSTM(4, dropout=0.3, return_sequences=True)(nets.L.BatchNormalization()(i))
+    model = nets.stir(nets.keras.Model(i, nets.L.BatchNormalization()(nets.L.GRU(4, dropout=0.3)(x))))
+    np.save(tmp_path / "x.npy", nets.data(n=90, shape=(5, 3)))
+    path = str(tmp_path / "x.npy")
+    one, _ = statistics_of(model, path, batch_size=8, method=method)
+    many, _ = statistics_of(model, path, batch_size=8, method=method, engine="serial")
+    assert many == one
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_random_numbers_that_change_what_a_layer_sees_are_told_from_those_that_do_not(rate):
+    class Drawing(nets.L.Layer):
+        def __init__(self):
+            super().__init__()
+            self.drop = nets.L.Dropout(0.5)
+
+        def call(self, x):
+            return x + rate * self.drop(x, training=True)
+
+    i = nets.keras.Input((4,))
+    model = nets.keras.Model(i, nets.L.BatchNormalization()(Drawing()(i)))
+    live, x = LiveModel(model), nets.data(n=32, shape=(4,))
+    model.layers[-1].moving_mean.assign([np.nan] * 4)  # destroyed: what it hands on shows nothing
+    before = nets.held(model)
+    with live.running():
+        live.call(x)
+        moved = live.states.moved()
+        assert len(moved) == 1
+        after = moved[0].now()
+        assert worker._in_vain(live, moved, x) == (rate == 0)
+        assert (np.asarray(moved[0].now()) == np.asarray(after)).all()
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(before, nets.held(model), strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
