@@ -161,7 +161,7 @@ def read(
     Raises InvalidValue, NotFound, FormatError for damaged files, Question where an `.npz` or a list can mean two things.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("minimum", minimum, 0)):
-        if value is not None and (not isinstance(value, int | np.integer) or value < least):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
             raise InvalidValue(f"{name}: expected a whole number, {least} or more, got {printable(repr(value), 60)}")
     if isinstance(data, Batches):
         return data

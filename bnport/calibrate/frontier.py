@@ -96,7 +96,7 @@ class Frontier:
         return [norm for norm in step.norms if id(norm) in unknown]
 
     def _finish(self, norm: Norm, moments: Moments) -> None:
-        norm.write(moments.mean, moments.variance(self.unbiased))
+        norm.take(moments, self.unbiased)
         self.moments[norm.name] = moments
         self._given.append(norm)
         del self.open[id(norm)]
@@ -155,7 +155,7 @@ class Frontier:
                 have = self._round(have, source)
                 source = None
         for norm in self._given:  # Keras updates what a model itself calls with training=True
-            norm.write(self.moments[norm.name].mean, self.moments[norm.name].variance(self.unbiased))
+            norm.take(self.moments[norm.name], self.unbiased)
         return self.moments
 
     def _plan(self, have: set[int]) -> list[tuple[Step, Looking | None]]:

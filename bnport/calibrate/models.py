@@ -217,7 +217,7 @@ class LiveModel:
         array, axis = self.values(norm, x), norm.axis
         if mask is not None:
             masked = np.broadcast_to(self.numpy(mask).astype(bool), array.shape[:-1])
-            array, axis = _unmasked(array, axis % array.ndim, masked), -1
+            array, axis = _unmasked(norm, array, masked), -1
         return self.moments_of(norm, array, axis)
 
     @staticmethod
@@ -229,8 +229,9 @@ class LiveModel:
             raise InvalidValue(f"{printable(norm.name)}: its input is not finite: {error}") from None
 
 
-def _unmasked(array: Array, axis: int, mask: Array) -> Array:
+def _unmasked(norm: Norm, array: Array, mask: Array) -> Array:
     """The unmasked positions as rows (n, C). A mask has no last axis: Keras spreads it along that."""
+    axis = norm.axis % array.ndim
     if axis == array.ndim - 1:
         rows: Array = array[mask]
         return rows
@@ -240,7 +241,8 @@ def _unmasked(array: Array, axis: int, mask: Array) -> Array:
     if (counts != counts[0]).any():
         raise Stop(
             InvalidValue(
-                "a mask leaves some channels with fewer positions than others; only equal counts are supported"
+                f"{printable(norm.name)}: its channels are on axis {norm.axis}, and a mask leaves some of them with fewer"
+                " positions than others; only equal counts are supported. Leave it out with layers="
             )
         )
     flat = moved.reshape(-1, moved.shape[-1])

@@ -12,6 +12,7 @@ from bnport.errors import InvalidValue, Unrepresentable, printable
 from bnport.rounding import UNIT_ROUNDOFF
 
 if TYPE_CHECKING:
+    from bnport.calibrate.moments import Moments
     from bnport.record import Array
 
 
@@ -118,6 +119,21 @@ class Norm:
                 f" in its {self.dtype} variables, and epsilon {self.epsilon:.3g} does not make up for it; give the layer"
                 " dtype float32 (or a mixed_... policy), or leave it out with layers="
             )
+
+    def variance(self, moments: Moments, unbiased: bool) -> Array:
+        """The variance that `moments` of this layer's input have. InvalidValue that names the layer if they are too few."""
+        if moments.n < 1 + unbiased:
+            why = "a mask hides everything that reaches it" if not moments.n else "one number per channel reaches it"
+            what = "an unbiased variance" if moments.n else "a mean and a variance"
+            raise InvalidValue(
+                f"{printable(self.name)}: {why}, and {what} needs {1 + unbiased} or more; use more data, or leave the layer"
+                " out with layers="
+            )
+        return moments.variance(unbiased)
+
+    def take(self, moments: Moments, unbiased: bool) -> None:
+        """Store the statistics that `moments` of this layer's input have. Raises what `variance` and `write` raise."""
+        self.write(moments.mean, self.variance(moments, unbiased))
 
     def rounding(self) -> str:
         """How far variables of 16 bits are from what was computed, for the report; empty for wider ones, or if not written."""

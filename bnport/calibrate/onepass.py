@@ -122,7 +122,7 @@ class Pooled(Kept[Moments]):
     def result(self) -> tuple[Array, Array]:
         """(mean, variance)."""
         moments = self.tree.result()
-        return moments.mean, moments.variance(self.unbiased)
+        return moments.mean, self.norm.variance(moments, self.unbiased)
 
 
 class Averaged(Kept[Updates]):
@@ -134,7 +134,9 @@ class Averaged(Kept[Updates]):
     def value(self, call: Moments) -> Updates:
         """A call as an update of the statistics."""
         if call.n <= self.unbiased:
-            raise InvalidValue("a batch with one number per channel has no unbiased variance; use larger batches")
+            raise InvalidValue(
+                "a batch with one number per channel has no unbiased variance; make every batch larger, also the last"
+            )
         keep, weight = self.weights(call.n)
         return Updates(call.n, keep, weight * call.mean, weight * call.variance(self.unbiased))
 

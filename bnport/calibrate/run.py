@@ -318,7 +318,7 @@ class _Run:
             self._enough(sharded.samples, self.engine.minimum)
         for norm in self.selected:
             if norm.name in moments:
-                norm.write(moments[norm.name].mean, moments[norm.name].variance(self.unbiased))
+                norm.take(moments[norm.name], self.unbiased)
         self.unused = [norm for norm in self.selected if norm.name not in moments]
         self.counts = {name: value.n for name, value in moments.items()}
         self.figures.update(samples=sharded.samples, batches=length, rounds=sharded.rounds)

@@ -50,7 +50,15 @@ def to_numpy(value: Any) -> Array:
         if "bfloat16" in str(value.dtype):
             value = value.float()
         value = value.numpy()
-    array: Array = np.asarray(value)
+    try:
+        array: Array = np.asarray(value)
+    except ValueError:  # a list of rows of several lengths
+        array = np.array(None)
+    if array.dtype == object and not isinstance(value, np.ndarray):
+        raise InvalidValue(
+            f"a {printable(type(value).__name__)} as data, where a dense array of numbers is expected: bring ragged and sparse"
+            " tensors to dense ones, and inputs within inputs to a dict or list of arrays"
+        )
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -178,14 +186,21 @@ def of_arrays(data: Any, inputs: Inputs | None, batch_size: int | None) -> Sourc
     if isinstance(data, tuple) and data and _is_array(data[0]):
         return of_arrays(data[0], inputs, batch_size)
     if isinstance(data, tuple) and data and isinstance(data[0], list | dict):
-        return of_arrays(data[0], inputs, batch_size)
+        x = data[0]
+        if inputs is None and isinstance(x, list) and x and all(_is_array(value) for value in x):
+            return _rows_source([_sliceable(value) for value in x], "the list of arrays", batch_size)
+        return of_arrays(x, inputs, batch_size)
     if isinstance(data, list) and data and all(_is_array(value) for value in data):
         if len({value.shape[:1] for value in data}) == 1 and (inputs is not None and len(inputs) == len(data)):
             return _rows_source([_sliceable(value) for value in data], "the list of arrays", batch_size)
-        takes = f"; the model takes {len(inputs)}" if inputs is not None else ""
+        if inputs is None:
+            raise Question(
+                f"a list of {len(data)} arrays: batches, or inputs of this model, whose number is not known? For batches pass"
+                " iter(list), for inputs a tuple (list, None), as (x, y)"
+            )
         raise Question(
-            f"a list of {len(data)} arrays: as inputs they must be as many as the model's and of one length{takes}. For"
-            " batches pass iter(list), for inputs by name a dict"
+            f"a list of {len(data)} arrays: as inputs they must be as many as the model's and of one length; the model takes"
+            f" {len(inputs)}. For batches pass iter(list), for inputs by name a dict"
         )
     if isinstance(data, list):
         raise InvalidValue("a list as data: expected arrays; for batches pass iter(list)")

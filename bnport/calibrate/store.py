@@ -25,7 +25,10 @@ def memory_bytes(memory: str | float | None) -> int:
     if memory is None:
         return _free_memory() // 2
     if not isinstance(memory, str):
-        size = float(memory)
+        try:
+            size = float(memory)
+        except TypeError:
+            size = -1.0
     else:
         text = memory.strip().lower()
         number = text.rstrip("kmgtib ")
@@ -39,7 +42,7 @@ def memory_bytes(memory: str | float | None) -> int:
                 f"memory: expected a size such as '8GB' or '512MiB', got {printable(memory)!r}"
             ) from None
     if not 0 <= size < 2**63:
-        raise InvalidValue(f"memory: expected a size such as '8GB', got {printable(memory)!r}")
+        raise InvalidValue(f"memory: expected a size such as '8GB', got {printable(memory, 60)!r}")
     return int(size)
 
 

@@ -243,9 +243,26 @@ def test_what_can_mean_two_things_is_asked(tmp_path):
         read(tmp_path / "two.npz", key="z")
     with pytest.raises(Question, match="a list of 2 arrays"):
         read([X, X], inputs=INPUTS)
+    with pytest.raises(Question, match=r"a list of 2 arrays: batches, or inputs.*a tuple \(list, None\)"):
+        read([X, X])
+    for first, second in read(([X, X + 1], None), batch_size=50):
+        assert (second == first + 1).all()
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"limit": 0}, {"limit": "10"}, {"limit": 1.5}])
+def test_what_is_no_dense_array_is_named_with_what_to_do():
+    import tensorflow as tf
+
+    ragged, sparse = tf.ragged.constant([[1.0, 2.0], [3.0]]), tf.sparse.from_dense(np.eye(3, dtype="f4"))
+    for item, kind in ((ragged, "RaggedTensor"), (sparse, "SparseTensor"), ({"a": {"b": X}}, "dict")):
+        with pytest.raises(InvalidValue, match=f"a {kind} as data, where a dense array of numbers is expected"):
+            together(read(iter([item])))
+    with pytest.raises(InvalidValue, match="a list as data, where"):
+        together(read(iter([{"a": [[1, 2], [3]]}])))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 0}, {"limit": 0}, {"limit": "10"}, {"limit": 1.5}, {"limit": True}]
+)
 def test_settings_that_are_no_count_are_refused(settings):
     with pytest.raises(InvalidValue, match="a whole number, 1 or more, got"):
         read(X, **settings)

@@ -326,3 +326,24 @@ def test_progress_ends_at_its_total_and_never_goes_back():
 def test_it_is_offered_at_the_top():
     assert bnport.calibrate is calibrate
     assert repr(bnport.calibrate(nets.branches(), nets.data())) == "<Calibration of 5 layers by population>"
+
+
+@pytest.mark.parametrize("method", ["population", "precise"])
+def test_too_few_numbers_name_the_layer_and_the_way_out(method):
+    i = keras.Input((3,))
+    model = keras.Model(i, L.BatchNormalization(name="one")(i))
+    with pytest.raises(InvalidValue, match=r"one: one number per channel.*unbiased variance needs 2.*layers="):
+        calibrate(model, nets.data(1, (3,)), minimum=1, unbiased=True, method=method)
+
+
+def test_a_layer_that_a_mask_hides_everything_from_is_named():
+    i = keras.Input((5, 3))
+    masked = L.Masking()(i)
+    model = keras.Model(i, L.BatchNormalization(name="bn")(masked))
+    with pytest.raises(InvalidValue, match=r"bn: a mask hides everything that reaches it.*layers="):
+        calibrate(model, np.zeros((40, 5, 3), "f4"))
+    across = keras.Model(i, L.BatchNormalization(name="across", axis=1)(masked))
+    x = nets.data(40, (5, 3))
+    x[3, 2] = 0
+    with pytest.raises(InvalidValue, match=r"across: its channels are on axis 1, and a mask.*layers="):
+        calibrate(across, x)
