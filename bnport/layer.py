@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, Protocol
-from bnport.errors import InvalidValue, printable
+from bnport.errors import FormatError, InvalidValue, printable
 from bnport.record import FIELDS, BatchNorm, checked_epsilon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from bnport.record import Array
+
+
+CHANNELS = 12 << 20  # of all layers of one source; the largest published models have 2 M
 
 
 class StoredTensor(Protocol):
@@ -103,6 +106,11 @@ class Layer:
         self.kernel = kernel
         self.inputs = inputs
         self.notes = tuple(notes)
+        if dtype == "float64" and self.epsilon != epsilon:
+            self.notes += (
+                f"epsilon {float(epsilon)!r} is taken for {self.epsilon!r};"
+                " an engine that computes in float64 tells them apart, by up to 3e-8 of the output",
+            )
         self.without = without
         self.own_code = own_code
         self.untrained = untrained
@@ -147,6 +155,8 @@ class Layers(dict[str, Layer]):
     files:  paths of the other files that belong to it (the parts of a set, external data); no output may replace one.
     read_only: why the file cannot be written to, as a target; "" where it can.
     opened: what the adapter holds of the file, so that its `write` and `patches` need not open it again; else None.
+
+    Raises FormatError for more than CHANNELS in all: any number of layers of a small file may name one array of it.
     """
 
     def __init__(
@@ -160,6 +170,11 @@ class Layers(dict[str, Layer]):
         files: Iterable[str] = (),
     ) -> None:
         super().__init__((layer.name, layer) for layer in layers)
+        total = sum(layer.channels for layer in self.values())
+        if total > CHANNELS:
+            raise FormatError(
+                f"{printable(source)}: {total} channels in {len(self)} layers; at most {CHANNELS} are read"
+            )
         self.source = source
         self.format = format
         self.notes = tuple(notes)

@@ -368,6 +368,17 @@ def test_a_storage_bomb_costs_nothing_unless_it_is_batchnorms(tmp_path):
     assert "at most" in said
 
 
+def test_many_layers_of_one_large_array_are_refused(tmp_path):
+    """200 layers of 4 MB took 2.7 GB; as many of small ones are read."""
+    for size, expected in ((1 << 10, ("read", "200 layers")), (1 << 20, ("FormatError", "at most 12582912 are read"))):
+        both = {f"bn{n}__{last}": tensor(storage("0", count=size), shape=(size,)) for n in range(200)
+                for last in ("running_mean", "running_var")}  # fmt: skip
+        path = zip_of(tmp_path / "many.pt", state_dict(**both), storages={"0": bytes(4 * size)})
+        kind, said = outcome(path)
+        assert kind == expected[0], said
+        assert said.endswith(expected[1])
+
+
 def test_sixty_thousand_storages_and_a_million_repeated_elements_stay_within_the_limits(tmp_path):
     repeated = tensor(storage("0"), shape=(1 << 20,), strides=(0,))
     path = zip_of(
