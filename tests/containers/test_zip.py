@@ -98,7 +98,8 @@ def test_a_sparse_archive_of_more_than_four_gibibytes_is_read_without_reading_it
     archive = archive_at(path)
     begin, after = archive.members["big"].data_offset, archive.members["after"].header_offset
     directory = archive.members["big"].central_offset
-    struct.pack_into("<LL", data, archive.members["big"].header_offset + 18, *[0xFFFFFFFF] * 2)  # zipfile before 3.11.4: 0
+    # these two: zipfile before 3.11.4 writes 0
+    struct.pack_into("<LL", data, archive.members["big"].header_offset + 18, *[0xFFFFFFFF] * 2)
     struct.pack_into("<QQ", data, begin - 16, size, size)  # local zip64 extra: size, compressed
     with open(path, "wb") as file:
         file.write(data[:begin])
