@@ -260,6 +260,8 @@ def _put(header: bytearray, at: int, form: _Header, field: int, value: int, memb
 
 def _directory(archive: Archive, start: int, edits: list[tuple[int, int, bytes]], renewed: dict[str, _Sums]) -> bytes:
     """The central directory and all after it, with offsets, sizes and checksums as they have to be."""
+    from bnport.containers.zip import end_records
+
     file = archive.file
     tail = bytearray(file.pread(start, file.size - start, "central directory"))
 
@@ -278,7 +280,10 @@ def _directory(archive: Archive, start: int, edits: list[tuple[int, int, bytes]]
         where = _moved(member.header_offset, edits)
         if where != member.header_offset:
             _put(tail, at, _CENTRAL, _CENTRAL.offset, where, member)
-    end = _end_record(tail)
+    ends = end_records(tail)
+    if not ends:
+        raise FormatError(f"{printable(file.path)}: was changed meanwhile")
+    end = ends[0]
     new_start = _moved(start, edits)
     if number(end + 16, 4) != _MAX32:
         put(end + 16, 4, new_start)
@@ -289,12 +294,3 @@ def _directory(archive: Archive, start: int, edits: list[tuple[int, int, bytes]]
         put(end64 + 48, 8, new_start)
         put(end - 12, 8, end64 + new_start)
     return bytes(tail)
-
-
-def _end_record(tail: bytearray) -> int:
-    at = tail.rfind(b"PK\x05\x06")
-    while at >= 0 and at + 22 + int.from_bytes(tail[at + 20 : at + 22], "little") != len(tail):
-        at = tail.rfind(b"PK\x05\x06", 0, at)
-    if at < 0:
-        raise FormatError("no end of the zip archive found")
-    return at

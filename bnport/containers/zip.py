@@ -184,18 +184,23 @@ def _inflated(member: Member, data: bytes) -> bytes:
     return plain
 
 
+def end_records(tail: bytes | bytearray) -> list[int]:
+    """Where in the last bytes of a file an end record lies whose comment reaches just to the end; the last one first."""
+    ends, at = [], tail.rfind(b"PK\x05\x06")
+    while at >= 0:
+        comment = at + _END.size
+        if comment <= len(tail) and comment + int.from_bytes(tail[at + 20 : at + 22], "little") == len(tail):
+            ends.append(at)
+        at = tail.rfind(b"PK\x05\x06", 0, at)
+    return ends
+
+
 def _find_directory(file: ReadFile) -> tuple[int, int, int]:
     """(offset, size, number of entries) of the central directory."""
     shown = printable(file.path)
     tail_start = max(0, file.size - _END.size - 0xFFFF)
     tail = file.pread(tail_start, file.size - tail_start, "end of the archive")
-    ends, at = [], tail.rfind(b"PK\x05\x06")
-    while at >= 0:
-        if at + _END.size <= len(tail) and at + _END.size + int.from_bytes(tail[at + 20 : at + 22], "little") == len(
-            tail
-        ):
-            ends.append(at)
-        at = tail.rfind(b"PK\x05\x06", 0, at)
+    ends = end_records(tail)
     if not ends:
         raise FormatError(f"{shown}: no end of a zip archive found; the file is truncated or not a zip archive")
     if len(ends) > 1:
