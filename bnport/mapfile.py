@@ -53,7 +53,9 @@ def read_map(path: str) -> MapFile:
         raise FormatError(f"{shown}: not a map file: {printable(error)}") from None
     unknown = sorted(set(content) - {"pairs", "skip"})
     if unknown:
-        raise FormatError(f"{shown}: unknown part {printable(unknown[0])!r}; a map has [pairs] and [skip]")
+        raise FormatError(
+            f"{shown}: unknown part {printable(unknown[0])!r}; a map has a line [pairs], the pairs below it, and [skip]"
+        )
     pairs, skip = content.get("pairs", {}), content.get("skip", {})
     if not isinstance(pairs, dict) or not isinstance(skip, dict):
         raise FormatError(f"{shown}: [pairs] and [skip] are tables")

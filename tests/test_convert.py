@@ -158,3 +158,16 @@ def test_a_target_without_gamma_gets_a_smaller_epsilon_where_slopes_are_too_stee
     with torch.no_grad():
         expected = source(x).numpy()
     np.testing.assert_allclose(np.asarray(target(x.numpy())), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_epsilon_that_went_through_float32_is_said_where_the_engine_can_tell(dtype):
+    single = float(np.float32(1e-5))
+    source, target = network(1, eps=single).to(dtype).eval(), network(2).to(dtype).eval()
+    report = bnport.convert(source, target)
+    assert report.ok
+    assert target[1].eps == 1e-5
+    x = torch.randn(3, 4, 5, 5, dtype=dtype)
+    apart = ((source[1](x) - target[1](x)).abs() / source[1](x).abs()).max().item()
+    assert apart < 1e-6
+    assert (apart > 0) == ("is taken for 1e-05" in str(report)) == (dtype is torch.float64)
