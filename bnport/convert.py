@@ -96,7 +96,7 @@ def convert(
     adapter = adapters.load(targets.format)
     reading = {**(target_options or {}), "format": targets.format, "epsilon": target_epsilon}
     own_code = run is None and any(layer.own_code for layer in sources.values())
-    original = _source_engine(source, epsilon, source_options) if run or own_code else None
+    original = _engine(source, epsilon, source_options) if run or own_code else None
     if path is None:
         if not hasattr(adapter, "apply"):
             raise InvalidValue(f"{targets.source}: bnport cannot write into a live {targets.format} object")
@@ -201,8 +201,9 @@ def verify(
 
     Decided for every input on a = gamma / sqrt(variance + epsilon) and b = beta - mean * a of both, in float64, against the
     bound of rounding to the dtype that `target` stores (bnport.verify has it). Both may be files or live objects of any
-    readable format; nothing is written. Arguments are those of `convert`; run: also run the real layers (default: only of
-    a live target). Returns the Report: `report.ok`, and per layer the largest error with its bound.
+    readable format; nothing is written. Arguments are those of `convert`; run: also run the real layers (default: only
+    those of a live target, and those of a live source that has layers of a class with its own code). Returns the Report:
+    `report.ok`, and per layer the largest error with its bound, and what is not known of its class.
 
     Raises NotFound or MatchError where the two cannot be compared, FormatError for a file that is not understood; a
     difference is not an error but `report.ok == False`.
@@ -210,18 +211,24 @@ def verify(
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
-    layers = compare(sources, targets, match.pairs)
+    layers = {
+        name: layer._replace(notes=(*layer.notes, *dict.fromkeys((*sources[layer.source].notes, *targets[name].notes))))
+        for name, layer in compare(sources, targets, match.pairs).items()
+    }
     not_run: list[str] = []
     explicit = run is True
+    own_code = run is None and any(layer.own_code for layer in sources.values())
     if run is None:
         run = path_of(target) is None
-    if run:
-        engine = engine_of(adapters.find(target), target, epsilon=target_epsilon, options=target_options)
+    if run or own_code:
+        engine = _engine(target, target_epsilon, target_options) if run else None
         alive = explicit or path_of(source) is None  # otherwise a framework would be imported that nobody asked for
-        original = _source_engine(source, epsilon, source_options) if alive else None
+        original = _engine(source, epsilon, source_options) if alive else None
         if original is None and explicit:
             not_run.append(f"the source's own layers: no engine for {sources.format}")
         layers = run_layers(layers, sources, targets, engine, not_run, progress, source_engine=original)
+        if not run:
+            not_run[0] = "the target's real layers (--run does)"
     else:
         not_run.append("the real layers (--run does)")
     notes = said(sources, targets, match.pairs)
@@ -298,7 +305,7 @@ def pair(
     return found
 
 
-def _source_engine(source: Any, epsilon: float | None, options: Mapping[str, Any] | None) -> Engine | None:
+def _engine(source: Any, epsilon: float | None, options: Mapping[str, Any] | None) -> Engine | None:
     if isinstance(source, Layers):
         return None
     name = (options or {}).get("format")

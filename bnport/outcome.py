@@ -53,10 +53,14 @@ class Outcome:
         return {
             name: layer._replace(
                 written=tuple(f for f in (*WRITABLE, "momentum") if f in self.changes[name].fields),
-                notes=(*layer.notes, *self.sources[self.match.pairs[name]].notes, *self.notes[name]),
+                notes=(*layer.notes, *self._known(name, after[name]), *self.notes[name]),
             )
             for name, layer in layers.items()
         }
+
+    def _known(self, name: str, after: Layer) -> Iterable[str]:
+        """What the readers of both sides noted about a layer; of an untrained target that is about to be written, nothing."""
+        return dict.fromkeys((*self.sources[self.match.pairs[name]].notes, *(() if after.untrained else after.notes)))
 
     def planned(self) -> Report:
         """The report of a dry run: the planned records, compared as if they had been read back."""

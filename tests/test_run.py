@@ -248,3 +248,40 @@ def test_the_digits_network_of_the_readme_is_run_in_both_frameworks(tmp_path):
     assert report["ok"]
     assert not report["not_run"]
     assert any("against" in check["name"] for check in report["layers"][0]["checks"])
+
+
+class Doubled(torch.nn.BatchNorm1d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@keras.saving.register_keras_serializable("tests_run")
+class DoubledLayer(keras.layers.BatchNormalization):
+    def call(self, x, training=None, mask=None):
+        return 2 * super().call(x, training=training, mask=mask)
+
+
+def test_a_live_source_with_code_of_its_own_is_run_by_verify_too(tmp_path):
+    layer = keras.layers.BatchNormalization(epsilon=1e-5, name="0")
+    keras.Sequential([keras.Input((3,)), layer]).save(tmp_path / "k.keras")
+    source = torch.nn.Sequential(Doubled(3)).eval()
+    report = bnport.verify(source, tmp_path / "k.keras")
+    assert not report.ok
+    assert [c.name for c in report.layers[0].checks if not c.ok] == ["source Doubled.forward"]
+    assert report.not_run == ("the target's real layers (--run does)",)
+    assert bnport.verify(torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval(), tmp_path / "k.keras").ok
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_what_a_class_in_a_file_computes_is_said_to_be_unknown_by_convert_and_verify(tmp_path, side):
+    """The real engines differ by a factor of 2 and no number in either file shows it."""
+    source, target, out = (str(tmp_path / name) for name in ("net.pt", "k.keras", "out.keras"))
+    module, layer = (
+        (Doubled, keras.layers.BatchNormalization) if side == "source" else (torch.nn.BatchNorm1d, DoubledLayer)
+    )
+    torch.save(torch.nn.Sequential(module(3)).eval(), source)
+    keras.Sequential([keras.Input((3,)), layer(name="0")]).save(target)
+    known = "Doubled is none that bnport knows" if side == "source" else "DoubledLayer is a subclass"
+    for report in (bnport.convert(source, target, out), bnport.verify(source, out)):
+        (said,) = (note for note in report.layers[0].notes if known in note)
+        assert said in str(report)
