@@ -214,7 +214,7 @@ def moments(rows: ArrayLike, axis: int = -1) -> Moments:
 
 
 def exact_moments(rows: ArrayLike, axis: int = -1) -> ExactMoments:
-    """Exact sums of an integer or boolean array with values of magnitude <= 2**21; InvalidValue for others."""
+    """Exact sums of an integer or boolean array of any values; InvalidValue for other dtypes."""
     array = np.asanyarray(rows)
     if array.dtype.kind not in "iub":
         raise InvalidValue(f"exact moments: expected integers, got dtype {array.dtype}")
@@ -222,8 +222,21 @@ def exact_moments(rows: ArrayLike, axis: int = -1) -> ExactMoments:
         raise InvalidValue(f"moments: shape {array.shape} has no channels along axis {axis}")
     bound = _bound(array)
     if bound > _LARGEST_EXACT:
-        raise InvalidValue(f"exact moments: values up to {bound}; exact up to {_LARGEST_EXACT}")
+        return _exact_in_halves(array, axis, bound)
     return _exact(array, axis % array.ndim, bound)
+
+
+def _exact_in_halves(array: Array, axis: int, bound: int) -> ExactMoments:
+    """x = high * 2**k + low, so x**2 = 4**k high**2 + 2**k ((high + low)**2 - high**2 - low**2) + low**2."""
+    k = (bound.bit_length() + 1) // 2
+    wide = array.astype(np.uint64 if array.dtype.kind == "u" else np.int64)
+    high, low = wide >> wide.dtype.type(k), wide & wide.dtype.type((1 << k) - 1)
+    h, lo, both = (exact_moments(part, axis) for part in (high, low, high + low))
+    total = [(a << k) + b for a, b in zip(h.total, lo.total, strict=True)]
+    squares = [
+        (a << 2 * k) + ((c - a - b) << k) + b for a, b, c in zip(h.squares, lo.squares, both.squares, strict=True)
+    ]
+    return ExactMoments(h.n, total, squares)
 
 
 def _bound(array: Array) -> int:

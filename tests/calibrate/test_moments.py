@@ -189,13 +189,27 @@ def test_exact_moments_merge_in_any_order_to_the_same_integers():
     assert hash(pooled) == hash(whole)
 
 
-def test_integers_too_large_for_exact_sums_are_taken_as_floats_and_refused_by_exact_moments():
+def test_integers_too_large_for_exact_sums_at_once_are_taken_as_floats_by_moments_only():
     x = np.array([[2**40, 1], [2**41, 2], [3, 3]], np.int64)
     found = moments(x)
     _, m2 = rational(x[:, 0])
     assert found.m2[0] == pytest.approx(float(m2), rel=1e-14)
-    with pytest.raises(InvalidValue, match="exact up to"):
-        exact_moments(x)
+    assert list(exact_moments(x).total) == [2**40 + 2**41 + 3, 6]
+    assert list(exact_moments(x).squares) == [2**80 + 2**82 + 9, 14]
+
+
+@pytest.mark.parametrize("dtype", ["int32", ">i4", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_integers_of_every_width_are_summed_exactly(dtype, axis):
+    kind = np.dtype(dtype).newbyteorder("=")
+    low, high = (int(f) for f in (np.iinfo(kind).min, np.iinfo(kind).max))
+    for least, most in ((low, high), (high - 5, high), (low, low + 5), (max(low, -(2**22)), 2**22)):
+        x = np.random.default_rng(3).integers(least, most, (5, 40, 3), kind.type, endpoint=True).astype(dtype)
+        x[0, 0, 0], x[-1, -1, -1] = least, most
+        found = exact_moments(x, axis)
+        for c in range(x.shape[axis]):
+            values = [int(v) for v in np.take(x, c, axis).ravel()]
+            assert (found.total[c], found.squares[c]) == (sum(values), sum(v * v for v in values))
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5), (3, 70, 9, 9), (2, 3, 300, 300), (5, 4, 6, 6), (2, 900, 40)])
