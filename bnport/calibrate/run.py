@@ -21,7 +21,7 @@ from bnport.calibrate.onepass import OnePass
 from bnport.calibrate.options import check_options, select
 from bnport.calibrate.result import Calibration, LayerStatistics
 from bnport.calibrate.store import Store, Workspace, memory_bytes
-from bnport.errors import FormatError, InvalidValue, NotFound, printable
+from bnport.errors import FormatError, InvalidValue, NotFound, first_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -280,7 +280,13 @@ class _Run:
             )
         with Workspace(self.spill) as folder:
             path = os.path.join(folder.path, "model.keras")
-            self.live.model.save(path)
+            try:
+                self.live.model.save(path)
+            except (NotImplementedError, TypeError, ValueError) as error:  # a class without get_config()
+                raise InvalidValue(
+                    f"{self.live.what}: workers of an engine load the model from a file, and it cannot be saved:"
+                    f" {printable(first_line(error), 300)}; leave engine out"
+                ) from error
             try:
                 check_config(path)
             except FormatError as error:

@@ -197,6 +197,7 @@ def forget(_: object = None) -> None:
 
 
 def _opened(plan: Plan) -> LiveModel:
+    import random
     import sys
 
     from bnport.calibrate.loading import check_config, load
@@ -204,7 +205,9 @@ def _opened(plan: Plan) -> LiveModel:
 
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = plan.backend
+    drawn = random.getstate()
     live = LiveModel(load(plan.model, check_config(plan.model)))
+    random.setstate(drawn)  # layers take the seeds of new generators from there; this may be the caller's process
     if live.backend != plan.backend:
         raise InvalidValue(
             f"a worker runs Keras on {live.backend}, the model is on {plan.backend}; set KERAS_BACKEND there"

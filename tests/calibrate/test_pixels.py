@@ -95,7 +95,7 @@ def test_a_masked_array_or_a_tensor_without_numbers_is_refused_in_one_line():
     torch = pytest.importorskip("torch")
     with pytest.raises(InvalidValue, match="the array: a Tensor is not an array"):
         image_statistics(torch.tensor(BYTES).to_sparse())
-    with pytest.raises(InvalidValue, match="image 0: a list is not an array"):
+    with pytest.raises(InvalidValue, match="image 0: a list as data"):
         image_statistics(iter([[[1, 2], [3]]]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 
 import numpy as np
 import pytest
@@ -60,6 +61,28 @@ def test_masks_that_recurrent_layers_draw_and_do_not_use_are_no_obstacle(method,
     one, _ = statistics_of(model, path, batch_size=8, method=method)
     many, _ = statistics_of(model, path, batch_size=8, method=method, engine="serial")
     assert many == one
+
+
+def test_a_model_that_cannot_be_saved_is_refused_in_words(rows):
+    class Own(nets.L.Layer):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def call(self, x):
+            return self.function(x)
+
+    i = nets.keras.Input((8, 8, 3))
+    model = nets.keras.Model(i, nets.L.BatchNormalization()(Own(abs)(i)))
+    with pytest.raises(InvalidValue, match=r"workers of an engine load the model.*cannot be saved: .*leave engine out"):
+        calibrate(model, rows, engine="serial")
+
+
+def test_an_engine_in_this_process_leaves_the_random_state_alone(rows):
+    model = nets.branches()
+    before = random.getstate()
+    calibrate(model, rows, engine="serial")
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
