@@ -9,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 
 import bnport
 from bnport.cli import main
 from bnport.containers.files import Digest, sha256
-from bnport.errors import MatchError, Unrepresentable
+from bnport.errors import InvalidValue, MatchError, Unrepresentable
 
 from .test_cli import DIGITS, PTH, TWIN
 
@@ -171,3 +172,37 @@ def test_an_epsilon_that_went_through_float32_is_said_where_the_engine_can_tell(
     apart = ((source[1](x) - target[1](x)).abs() / source[1](x).abs()).max().item()
     assert apart < 1e-6
     assert (apart > 0) == ("is taken for 1e-05" in str(report)) == (dtype is torch.float64)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_hooks_that_run_with_a_live_layer_are_said_and_torchs_own_are_not(side):
+    """A hook may change what comes in or out, as this one does; the numbers do not show it."""
+    both = network(1).eval(), network(2).eval()
+    torch.nn.utils.prune.l1_unstructured(both[0][2], "weight", 0.5)
+    both[side][1].register_forward_hook(lambda module, given, made: 2 * made)
+    report = bnport.convert(*both)
+    x = torch.randn(3, 4, 5, 5)
+    assert not torch.allclose(both[0][1](x), both[1][1](x))
+    assert [any("hooks run with it" in note for note in layer.notes) for layer in report.layers] == [True, False]
+
+
+def test_tensors_that_torch_does_not_write_into_are_refused_and_no_layer_is_changed():
+    target = network(2)
+    target[2].running_mean = torch.zeros(1).expand(6)
+    before = numbers(target)
+    with pytest.raises(InvalidValue, match="torch does not write into its tensors"):
+        bnport.convert(network(1), target)
+    assert numbers(target) == before
+
+
+def test_a_keras_source_whose_call_was_replaced_is_run_and_not_called_the_same():
+    keras = pytest.importorskip("keras")
+    source = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="0")])
+    target = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval()
+    assert bnport.convert(source, target).ok
+    layer = source.get_layer("0")
+    usual = layer.call
+    layer.call = lambda x, **more: 2 * usual(x, **more)
+    report = bnport.convert(source, target)
+    assert not report.ok
+    assert "its call() was replaced" in str(report)

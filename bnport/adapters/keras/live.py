@@ -124,6 +124,9 @@ def _layer(name: str, layer: Any) -> Layer:
         elif there:
             notes.append(f"{flag} was set to False after the layer was built: its {field} is there and not used")
     variable = layer.moving_mean
+    if "call" in vars(layer):
+        own_code = True
+        notes.append("its call() was replaced; what it computes is not known")
     for base in type(layer).__mro__:
         if base.__module__.split(".")[0] in PACKAGES:
             break

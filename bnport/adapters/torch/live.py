@@ -13,8 +13,8 @@ from bnport.adapters.torch.parameters import REMEDIES, STATISTICS, by_role, role
 from bnport.adapters.torch.script import IN_TRAINING
 from bnport.adapters.torch.search import chosen, models_in
 from bnport.adapters.torch.state import grouped, layers_of_state, norm_name, norm_prefixes, plain_names
-from bnport.adapters.torch.values import activation_of, class_name, held_by, own_forward, tensor_of
-from bnport.errors import FormatError, InvalidValue, NotFound, Unrepresentable, listed, printable
+from bnport.adapters.torch.values import activation_of, class_name, held_by, hooked, own_forward, tensor_of
+from bnport.errors import FormatError, InvalidValue, NotFound, Unrepresentable, first_line, listed, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _layer(
     if epsilon is None:
         epsilon = getattr(module, "eps", None)
     own_code = own_forward(module, exported)
-    notes = [*held.roles.notes, *([own_code] if own_code else [])]
+    notes = [*held.roles.notes, *([own_code] if own_code else []), *hooked(module)]
     notes += [
         f"its {role} is computed by {what} each time it runs; it is read as it is now"
         for role, what in held.computed.items()
@@ -253,10 +253,10 @@ def apply_live(model: Any, changes: Mapping[str, Change], inplace_abn: bool | No
             if not bool(torch.isfinite(new).all()):
                 raise InvalidValue(f"{shown}: does not fit {live.dtype}")
             tensors.append((live, new))
-    _commit(tensors, attributes)
+    _commit(where, tensors, attributes)
 
 
-def _commit(tensors: list[tuple[Any, Any]], attributes: list[tuple[Any, str, float]]) -> None:
+def _commit(where: str, tensors: list[tuple[Any, Any]], attributes: list[tuple[Any, str, float]]) -> None:
     import torch
 
     with torch.no_grad():
@@ -267,12 +267,14 @@ def _commit(tensors: list[tuple[Any, Any]], attributes: list[tuple[Any, str, flo
                 live.copy_(new)
             for module, name, value in attributes:
                 setattr(module, name, value)
-        except BaseException:
+        except BaseException as error:
             for live, values in old:
                 with contextlib.suppress(Exception):
                     live.copy_(values)
             for module, name, previous in before:
                 setattr(module, name, previous)
+            if isinstance(error, RuntimeError):  # made in inference mode, expanded from fewer numbers, ...
+                raise InvalidValue(f"{where}: torch does not write into its tensors: {first_line(error)}") from None
             raise
 
 

@@ -175,3 +175,10 @@ def own_forward(module: Any, exported: Exported | None) -> str:
             known = not is_foreign(f"{base.__module__}.{base.__qualname__}")
             return "" if known else f"{printable(base.__name__)} defines its own forward(); {UNKNOWN}"
     return ""
+
+
+def hooked(module: Any) -> list[str]:
+    """What to say of hooks that run with a layer, but for torch's own (pruning, weight_norm, ...), which are understood."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    others = sum(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+    return [f"{others} hooks run with it; what they may change is not part of the record"] if others else []
