@@ -199,6 +199,10 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
     `epsilon` replaces one that the source does not hold (it is then no longer assumed); a source that holds its own
     refuses it. `format` names the adapter instead of finding it. Other options go to the adapter; one that it does not
     know is refused.
+
+    Returns Layers: name -> Layer, in the source's order; empty, with notes, where there is no BatchNorm. The numbers of a
+    layer are read when its `record` is asked for. Raises FormatError for a file that is not understood, NotFound where
+    no adapter reads it, InvalidValue for an option or value that cannot be, Question where the source is ambiguous.
     """
     from bnport.layer import Layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from bnport._lazy import np
@@ -22,13 +23,13 @@ def pairs(state: Alignment) -> dict[int, int]:
     zeros or ones) tell nothing.
     """
     sides = state.source.by_contents, state.target.by_contents
-    by_shape: dict[object, tuple[list[int], list[int]]] = {}
+    by_shape: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
     for at, layers in enumerate(sides):
         for node, layer in enumerate(layers):
             kernel = state.kernel(layer)
             if kernel is not None and kernel.values is not None:
                 by_shape.setdefault(kernel.shape, ([], []))[at].append(node)
-    cost = sorted((_size(sides[0][s[0]]) * (len(s) + len(t)), s, t) for s, t in by_shape.values() if s and t)
+    cost = sorted((math.prod(shape) * (len(s) + len(t)), s, t) for shape, (s, t) in by_shape.items() if s and t)
     seen: list[dict[int, bytes | None]] = [{}, {}]
     for _, s, t in cost[:PROBES]:
         ours = {_digest(sides[0], node, seen[0]) for node in s} - {None}
@@ -80,13 +81,6 @@ def _unfed(state: Alignment) -> set[int]:
         if each.kernel is not None and proved.kernel is None
     }
     return weak & {each.channels for side in sides for each in side.by_contents if each.kernel is None}
-
-
-def _size(layer: Layer) -> int:
-    size = 1
-    for n in layer.kernel.shape if layer.kernel else ():
-        size *= n
-    return size
 
 
 def _digest(layers: list[Layer], node: int, seen: dict[int, bytes | None]) -> bytes | None:

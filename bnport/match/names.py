@@ -28,10 +28,7 @@ _SYNONYMS = {
         "depthwise": "depthwise dw dwconv",
         "expand": "expand expansion exp",
         "pool": "pool pooling avgpool maxpool",
-        "stem": "stem",
         "head": "head top classifier logits",
-        "left": "left",
-        "right": "right",
         "reduce": "reduce reduction",
         "transition": "transition trans",
         "pointwise": "pointwise pw sepconv separable sep",
@@ -162,8 +159,8 @@ def equal(
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """(target -> source for layers of one name, also if one side puts a prefix before all its names; rivals).
 
-    None if less than half of the smaller side's names have an equal (a `bn1` on both sides may be chance), or if most of
-    the layers that share a name do not fit each other. Automatic names (`batch_normalization_7`) count
+    No names count if less than half of the smaller side's have an equal (a `bn1` on both sides may be chance), or if most
+    of the layers that share a name do not fit each other. Automatic names (`batch_normalization_7`) count
     only if every one of them has its equal and they all fit: they say in which order layers were made, not what for.
     Names that both sides count, but one from 0 and the other from 1, do not count: what has one name is not one layer.
     rivals: where names fit under several prefixes (`student.bn` and `teacher.bn` to `bn`) and none of them stands out,

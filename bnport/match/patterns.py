@@ -51,14 +51,13 @@ def is_pattern(text: str) -> bool:
 class TargetPattern:
     """The left side of a map entry, compiled."""
 
-    __slots__ = ("kinds", "literals", "names", "regex", "text")
+    __slots__ = ("kinds", "literals", "regex", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.names: list[str] = []
         self.kinds: dict[str, str | None] = {}
-        regex, seen = "", set[str]()
         self.literals = 0
+        regex = ""
         for part in split(text):
             if isinstance(part, str):
                 regex += re.escape(part)
@@ -67,11 +66,9 @@ class TargetPattern:
             name, kind = part["name"], part["kind"]
             if part["factor"] or part["offset"]:
                 raise MatchError(f"map: {printable(text)!r}: arithmetic belongs on the source side, the right one")
-            if name in seen:
+            if name in self.kinds:
                 regex += f"(?P={name})"
                 continue
-            seen.add(name)
-            self.names.append(name)
             self.kinds[name] = kind
             regex += f"(?P<{name}>{_KINDS[kind][1:-1]})"
         self.regex = re.compile(regex, re.DOTALL)
@@ -108,7 +105,7 @@ class TargetPattern:
 
 def rank(entry: tuple[TargetPattern, str]) -> tuple[int, int]:
     """How general a pattern is: fewer variables first, then more literal text."""
-    return len(entry[0].names), -entry[0].literals
+    return len(entry[0].kinds), -entry[0].literals
 
 
 def expand(map: Mapping[str, str], targets: Iterable[str], sources: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -124,7 +121,7 @@ def expand(map: Mapping[str, str], targets: Iterable[str], sources: Iterable[str
     if nothing:
         raise MatchError(f"map: no target layer is called {listed(nothing)}; remove or correct these entries")
     for pattern, value in patterns:
-        pattern.fill(value, {n: "a" if pattern.kinds[n] == "a" else "0" for n in pattern.names})
+        pattern.fill(value, {name: "a" if kind == "a" else "0" for name, kind in pattern.kinds.items()})
     patterns.sort(key=rank)
     found: dict[str, tuple[str, str]] = {key: (value, key) for key, value in exact.items()}
     used: set[str] = set()

@@ -57,7 +57,6 @@ class Match:
         mismatched: Iterable[Mismatch] = (),
         ambiguous: Iterable[Ambiguity] = (),
         prefixes: Iterable[str] = (),
-        guessed: Iterable[str] = (),
         evidence: Mapping[str, tuple[str, ...]] | None = None,
         left_targets: Iterable[str] = (),
         left_sources: Iterable[str] = (),
@@ -71,7 +70,7 @@ class Match:
         self.mismatched = tuple(mismatched)
         self.ambiguous = tuple(ambiguous)
         self.prefixes = tuple(prefixes)
-        self.guessed = tuple(guessed)
+        self.guessed: tuple[str, ...] = ()  # asked once it is known that the pairing is not ok
         self.evidence = dict(evidence or {})
         self.left_targets = tuple(left_targets)
         self.left_sources = tuple(left_sources)
