@@ -130,7 +130,10 @@ def calibrate(
         delete(resume)
     changed = [norm for norm in selected if norm not in run.unused]
     if not changed:
-        raise NotFound(f"{live.what}: none of the {len(selected)} layers is called at inference; nothing was changed")
+        raise NotFound(
+            f"{live.what}: none of the {len(selected)} layers is called at inference, or a mask hides all that reaches it;"
+            " nothing was changed"
+        )
     left["never called at inference"] = [norm.name for norm in run.unused]
 
     def undo() -> None:

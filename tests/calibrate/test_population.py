@@ -342,6 +342,8 @@ def test_a_layer_that_a_mask_hides_everything_from_is_named():
     model = keras.Model(i, L.BatchNormalization(name="bn")(masked))
     with pytest.raises(InvalidValue, match=r"bn: a mask hides everything that reaches it.*layers="):
         calibrate(model, np.zeros((40, 5, 3), "f4"))
+    with pytest.raises(NotFound, match="or a mask hides all that reaches it; nothing was changed"):
+        calibrate(model, np.zeros((40, 5, 3), "f4"), method="precise")
     across = keras.Model(i, L.BatchNormalization(name="across", axis=1)(masked))
     x = nets.data(40, (5, 3))
     x[3, 2] = 0
