@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING
 
-from bnport.errors import InvalidValue, MatchError, printable
+from bnport.errors import InvalidValue, MatchError, listed, printable
 from bnport.match.result import Ambiguity, Match, Mismatch
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ def match(
     from bnport.match import engine, names, patterns, questions
     from bnport.match.facts import facts
 
+    both = sorted({*(map or {})} & {*left_t} | {*(map or {}).values()} & {*left_s})
+    if both:
+        raise MatchError(
+            f"map: {listed(both)}: left out by skip or only-under; remove the map's entry, or what leaves the layer out"
+        )
     forced: dict[str, tuple[str, str]] = {}
     mismatched: list[Mismatch] = []
     mapped = patterns.expand(map, kept_t, kept_s) if map else {}

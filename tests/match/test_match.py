@@ -83,6 +83,14 @@ def test_numbers_in_names_against_the_order_of_definition_decide_nothing():
     assert len(found.ambiguous) == 1
 
 
+def test_a_map_entry_for_a_layer_that_is_left_out_is_refused_and_says_so():
+    both = layers(layer("a"), layer("b"))
+    for options in ({"skip": ["b"]}, {"only_under": "a"}):
+        for entry in ({"b": "a"}, {"a": "b"}):
+            with pytest.raises(MatchError, match="map: b: left out by skip or only-under"):
+                match(both, both, map=entry, **options)
+
+
 def test_kernel_shapes_tell_layers_of_one_width_apart():
     sources = layers(layer("s", 8, (8, 3, 3, 3)), layer("r", 8, (8, 8, 1, 1)))
     targets = layers(layer("x", 8, (8, 8)), layer("y", 8, (8, 3, 3, 3)))
