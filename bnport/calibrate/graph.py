@@ -329,7 +329,7 @@ def _is_plain(live: LiveModel, layer: Any) -> bool:
             and policy.compute_dtype == policy.variable_dtype
             and layer.activity_regularizer is None
             and getattr(layer, "quantization_mode", None) is None
-            and not layer._remat_mode
+            and not getattr(layer, "_remat_mode", None)
             and keras.distribution.distribution() is None
         )
     except AttributeError:  # another version: then by __call__, as any layer

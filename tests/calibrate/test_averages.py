@@ -25,7 +25,9 @@ KINDS = {"precise": Pooled, "average": Averaged, "moving": Moving}
 def norm(momentum=0.99, mean=(3.0, -2.0), variance=(0.25, 40.0)):
     """What the methods look at in a layer."""
     stored = np.array(mean), np.array(variance)
-    return SimpleNamespace(name="bn", channels=2, epsilon=1e-3, momentum=momentum, read=lambda: stored)
+    return SimpleNamespace(
+        name="bn", channels=2, epsilon=1e-3, momentum=momentum, read=lambda: stored, variance=Moments.variance
+    )
 
 
 number = st.floats(-1e6, 1e6, allow_nan=False)
