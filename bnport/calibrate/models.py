@@ -24,12 +24,16 @@ from bnport.adapters.keras.live import find
 from bnport.calibrate.moments import Moments, moments
 from bnport.calibrate.norm import Norm as Norm
 from bnport.calibrate.states import States
-from bnport.errors import InvalidValue, NotFound, listed, printable
+from bnport.errors import InvalidValue, MissingDependency, NotFound, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bnport.record import Array
+
+
+# no keras.tree in the first; in both a layer of 16 bits rounds the parameters of BatchNorm on their way into it
+TOO_OLD = ("3.0.", "3.1.")
 
 
 class Stop(BaseException):
@@ -47,6 +51,8 @@ class LiveModel:
         self.keras = _keras_of(model)
         self.version = 3 if self.keras.__version__.startswith("3") else 2
         self.backend: str = self.keras.backend.backend() if self.version == 3 else "tensorflow"
+        if self.keras.__version__.startswith(TOO_OLD):
+            raise MissingDependency(f"calibrate needs Keras 3.2 or newer, or Keras 2: this is {self.keras.__version__}")
         self.tree: Any = self.keras.tree if self.version == 3 else sys.modules["tensorflow"].nest
         self.norms = self._find_norms()
         self.states: States | None = None  # while it is running

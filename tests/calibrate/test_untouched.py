@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bnport.calibrate.run import METHODS, calibrate
-from bnport.errors import FormatError, InvalidValue, NotFound, OutputError
+from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, OutputError
 from tests.calibrate import nets
 from tests.calibrate.nets import L, keras
 
@@ -212,3 +212,10 @@ def test_a_run_killed_with_sigkill_resumes_to_the_same_bits(tmp_path):
     model = nets.branches()
     assert calibrate(model, nets.data(), batch_size=16).rounds == 4
     assert resumed[-1] == f"sum {[w.tobytes().hex() for w in nets.held(model)]}"
+
+
+@pytest.mark.parametrize("version", ["3.0.5", "3.1.1"])
+def test_a_keras_3_too_old_is_refused_in_a_line(monkeypatch, trained, version):
+    monkeypatch.setattr(keras, "__version__", version)
+    with pytest.raises(MissingDependency, match=rf"needs Keras 3\.2 or newer, or Keras 2: this is {version}"):
+        calibrate(trained, nets.data())
