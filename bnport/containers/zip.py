@@ -48,8 +48,8 @@ class Member:
     """
 
     __slots__ = (
-        "_data_offset", "_file", "_raw_name", "central_offset", "compressed", "crc", "flags", "header_offset", "limit",
-        "method", "name", "size",
+        "_data_offset", "_file", "central_offset", "compressed", "crc", "flags", "header_offset", "limit", "method",
+        "name", "size",
     )  # fmt: skip
 
     name: str
@@ -62,7 +62,6 @@ class Member:
     central_offset: int
     limit: int
     _file: ReadFile
-    _raw_name: bytes
     _data_offset: int
 
     @property
@@ -72,13 +71,19 @@ class Member:
             self._data_offset = self._verified_data_offset()
         return self._data_offset
 
+    @property
+    def _raw_name(self) -> bytes:
+        """The name's own bytes: each of the encodings gives back what it was decoded from."""
+        return self.name.encode("ascii" if self.name.isascii() else "utf-8" if self.flags & _UTF8 else "cp437")
+
     def _verified_data_offset(self) -> int:
         name_at, what = self.header_offset + _LOCAL.size, f"local header of {self.name!r}"
-        head = self._file.pread(self.header_offset, _LOCAL.size + len(self._raw_name), what)
+        raw_name = self._raw_name
+        head = self._file.pread(self.header_offset, _LOCAL.size + len(raw_name), what)
         signature, _, flags, method, _, _, crc, compressed, size, name_length, extra_length = _LOCAL.unpack_from(head)
         if signature != b"PK\x03\x04":
             self._refuse(f"no local header at {self.header_offset}")
-        if name_length != len(self._raw_name) or head[_LOCAL.size :] != self._raw_name:
+        if name_length != len(raw_name) or head[_LOCAL.size :] != raw_name:
             name = self._file.pread(name_at, name_length, what)
             self._refuse(f"its local header is named {name.decode('utf-8', 'replace')!r}")
         if size == _MAX32 or compressed == _MAX32:
@@ -253,8 +258,7 @@ def _read_directory(file: ReadFile, offset: int, size: int, count: int) -> dict[
             raise FormatError(f"{shown}: the central directory is damaged at entry {len(members)} of {count}")
         member = Member()
         member._file, member._data_offset = file, -1
-        member._raw_name = data[at + _CENTRAL.size : after_name]
-        member.name = _decoded(member._raw_name, flags, shown)
+        member.name = _decoded(data[at + _CENTRAL.size : after_name], flags, shown)
         wide = (plain, compressed, header)
         if _MAX32 in wide:
             values = _zip64_values(data[after_name : after_name + extra_length], wide.count(_MAX32))
@@ -262,7 +266,10 @@ def _read_directory(file: ReadFile, offset: int, size: int, count: int) -> dict[
                 member._refuse("announces 64-bit sizes and has none")
             plain, compressed, header = (values.pop(0) if w == _MAX32 else w for w in wide)
         member.method, member.flags, member.crc = method, flags, crc
-        member.compressed, member.size, member.header_offset = compressed, plain, header
+        member.compressed, member.header_offset = compressed, header
+        member.size = (
+            compressed if compressed == plain else plain
+        )  # one object where they are equal: there may be thousands
         member.central_offset = offset + at
         if flags & _ENCRYPTED:
             member._refuse("is encrypted")

@@ -86,6 +86,19 @@ def test_zip64_is_read_where_zipfile_writes_it(tmp_path):
         assert archive.read(name) == data
 
 
+def test_a_name_in_the_old_code_page_is_read_and_held_against_its_local_header(tmp_path):
+    path = tmp_path / "old.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("xbc", b"alpha")
+    path.write_bytes(path.read_bytes().replace(b"xbc", b"\x81bc"))  # of 1981; no flag says UTF-8
+    with zipfile.ZipFile(path) as file:
+        (name,) = file.namelist()
+        assert archive_at(path).read(name, 10) == file.read(name) == b"alpha"
+    path.write_bytes(path.read_bytes().replace(b"\x81bc", b"\x82bc", 1))
+    with pytest.raises(FormatError, match="its local header is named"):
+        archive_at(path).read(name, 10)
+
+
 def test_a_sparse_archive_of_more_than_four_gibibytes_is_read_without_reading_it(tmp_path):
     path = tmp_path / "big.zip"
     size = (4 << 30) + 7

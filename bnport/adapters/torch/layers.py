@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from bnport._lazy import TYPE_CHECKING, np
 from bnport.adapters.torch.tensors import FLOATS
 from bnport.errors import FormatError, InvalidValue, printable
@@ -75,24 +77,17 @@ def make_layer(
     if untrained:
         notes.append("untrained: it never saw a batch (num_batches_tracked 0, mean 0, variance 1)")
     by_field = {FIELD_OF[theirs]: tensor for theirs, tensor in present.items()}
-
-    def load() -> dict[str, Array]:
-        arrays = {field: tensor.array() for field, tensor in by_field.items()}
-        if inplace_abn and "gamma" in arrays:
-            arrays["gamma"] = np.abs(arrays["gamma"].astype(np.float64)) + epsilon
-        return arrays
-
     try:
         return Layer(
             name,
             channels=shape[0],
             epsilon=epsilon,
-            load=load,
+            load=functools.partial(_load, by_field, epsilon if inplace_abn else None),
             momentum=None if momentum is None else round(1 - momentum, 12),
             stores=[*by_field, *holds],
             assumed=assumed,
             dtype=dtypes[-1] if dtypes else "float32",
-            tensors={f: t for f, t in by_field.items() if not (inplace_abn and f == "gamma")},
+            tensors={f: t for f, t in by_field.items() if f != "gamma"} if inplace_abn else by_field,
             kernel=kernel,
             inputs=inputs,
             notes=notes,
@@ -102,6 +97,14 @@ def make_layer(
         )
     except InvalidValue as error:
         raise FormatError(f"{where}: {error}") from None
+
+
+def _load(tensors: Mapping[str, Tensor], added: float | None) -> dict[str, Array]:
+    """The arrays by field; `added`: to |weight|, for InPlaceABN."""
+    arrays = {field: tensor.array() for field, tensor in tensors.items()}
+    if added is not None and "gamma" in arrays:
+        arrays["gamma"] = np.abs(arrays["gamma"].astype(np.float64)) + added
+    return arrays
 
 
 def _untrained(tensors: Mapping[str, Tensor], counter: Tensor) -> bool:
