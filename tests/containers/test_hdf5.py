@@ -308,3 +308,19 @@ def test_flipped_bits_give_numbers_or_a_format_error(tmp_path):
                 [t.array() for t in group.tensors()]
         except BnportError as error:
             assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("length", [68, 4096, 2**32 - 1])
+def test_a_chunk_that_claims_another_length_than_it_has_is_refused_before_hdf5_reads_it(tmp_path, length):
+    """HDF5 puts as many bytes as the chunk claims into a buffer of the chunk's size: mutants of a file killed the process."""
+    path = made(
+        tmp_path / "a.h5", lambda file: file.create_dataset("a/x", data=np.arange(64, dtype="f4"), chunks=(16,))
+    )
+    with open(path, "r+b") as file:
+        data = file.read() + bytes(8192)
+        node = next(at for at in range(len(data)) if data.startswith(b"TREE\x01", at))
+        at = node + 24  # behind signature, type, level, number of entries and two siblings: the first chunk's length
+        assert int.from_bytes(data[at : at + 4], "little") == 64
+        file.seek(0)
+        file.write(data[:at] + length.to_bytes(4, "little") + data[at + 4 :])
+    refused(path, f"chunk 0 needs {length} bytes")
