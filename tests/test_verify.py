@@ -145,6 +145,14 @@ def ran(reference, held, engine, dtype="float32"):
     return check_outputs(reference, held, x, engine(x.astype(np.float32)), dtype=dtype)
 
 
+@pytest.mark.parametrize("stored", ["float32", "float64"])
+def test_outputs_in_float64_beyond_float32_are_still_told_apart(stored):
+    bn = BatchNorm(gamma=[1e20], beta=[0.0], mean=[0.0], variance=[1.0], epsilon=1e-3)
+    x = np.full((2, 1), 1e25)
+    ways = {"right": bn(x), "wrong": 3 * bn(x), "overflown": np.full((2, 1), np.inf, np.float32)}
+    assert [check.ok for check in check_outputs(bn, bn, x, ways, dtype=stored)] == [True, False, True]
+
+
 def test_a_run_is_judged_per_way_of_calling():
     bn = telling()
 
