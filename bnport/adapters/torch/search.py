@@ -101,7 +101,8 @@ def named_modules(
             seen.add(id(module))
             name = f"{prefix}.{key}" if prefix else key
             children = children_of(state) or {}
-            checkpoint.work += len(state) + len(children) + len(name) + PER_MODULE
+            held = (checkpoint.items(state.get(group)) or () for group in ("_parameters", "_buffers"))
+            checkpoint.work += len(state) + len(children) + sum(map(len, held)) + len(name) + PER_MODULE
             if len(levels) > LEVELS + 1 or checkpoint.work > WORK:
                 raise FormatError(f"{checkpoint.where}: {printable(name)}: modules nested too deep or too many")
             yield name, module, state
