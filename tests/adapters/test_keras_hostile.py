@@ -260,6 +260,26 @@ def test_legacy_lists_that_do_not_hold_are_refused(tmp_path):
         refused(legacy(tmp_path / f"b{number}.h5", **options), word)
 
 
+def test_many_layers_in_one_under_numbered_names_are_paired_in_time(tmp_path):
+    """1500 of them took half a minute."""
+    names = [f"conv{number}/bn" for number in range(1500)]
+    inner = sequential(*(entry({"name": name}) for name in names))
+    inner["config"]["name"] = "inner"
+    path = str(tmp_path / "a.h5")
+    with h5py.File(path, "w", libver="latest") as file:
+        root = file.create_group("model_weights")
+        root.attrs["layer_names"] = [b"inner"]
+        group = root.create_group("inner")
+        fields = [
+            f"x/{name}_1/{field}:0" for name in names for field in ("gamma", "beta", "moving_mean", "moving_variance")
+        ]
+        group.attrs["weight_names"] = np.array(fields, "S")
+        for field in fields:
+            group[field] = np.float32([1, 2, 3])
+        file.attrs["model_config"] = json.dumps(sequential(inner))
+    assert outcome(path) == ("read", "1500 layers")
+
+
 def test_a_negative_variance_within_epsilon_is_read(tmp_path):
     """A published MobileNet has -1e-5."""
     arrays = [np.float32([1, 2, 3])] * 3 + [np.float32([-1e-5, 2, 3])]

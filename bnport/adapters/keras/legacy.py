@@ -51,17 +51,14 @@ class Part(NamedTuple):
     @property
     def name(self) -> str:
         """group, or group/inner, as a user of Keras would say it; a layer's own name may hold slashes (conv1/bn)."""
-        own, pieces = self.group.split("/"), [p for p in self.prefix.split("/") if p]
+        inner = "/".join(piece for piece in self.prefix.split("/") if piece)
+        _, found, below = f"/{inner}/".partition(f"/{self.group}/")
+        if not found and not re.fullmatch(rf"{re.escape(self.group)}_\d+", inner):
+            below = f"{inner}/" if inner else ""
+        own, pieces = self.group.split("/"), f"{self.group}/{below}"[:-1].split("/")
         size = len(own)
-        at = next((k for k in range(len(pieces)) if pieces[k : k + size] == own), None)
-        if at is not None:
-            pieces = pieces[at:]
-        elif not pieces or re.fullmatch(rf"{re.escape(self.group)}(_\d+)?", "/".join(pieces)):
-            pieces = own
-        else:
-            pieces = [*own, *pieces]
-        while len(pieces) > size and pieces[-size:] == own == pieces[-2 * size : -size]:
-            pieces = pieces[:-size]
+        while pieces[-size:] == own == pieces[-2 * size : -size]:
+            del pieces[-size:]
         return "/".join(pieces)
 
 
@@ -242,21 +239,47 @@ def _texts(group: Group, name: str) -> list[str] | None:
     return texts if number else None
 
 
+class _Inside:
+    """The nodes in one top-level layer. They are looked up: a file may have many, and many parts that fit none."""
+
+    def __init__(self) -> None:
+        self.nodes: list[config.Node] = []
+        self.named: dict[str, list[config.Node]] = {}
+        self.slashes: set[int] = set()  # in their names
+
+    def add(self, node: config.Node) -> None:
+        self.nodes.append(node)
+        self.named.setdefault(node.name, []).append(node)
+        self.slashes.add(node.name.count("/"))
+
+    def at_end(self, path: str) -> list[config.Node]:
+        """Those with whose name the path ends, behind a slash."""
+        found: list[config.Node] = []
+        for slashes in sorted(self.slashes):
+            pieces = path.rsplit("/", slashes + 1)
+            if len(pieces) > slashes + 1:
+                found += self.named.get("/".join(pieces[1:]), [])
+        return found
+
+
 def _paired(root: config.Node, parts: list[Part], shown: str) -> list[config.Node | None]:
     """The config node of each part: by path, else by the last name within the same top-level layer."""
     nodes = [node for node in root.walk() if node.is_batchnorm and node.parent is not None]
     by_path = {node.path: node for node in nodes}
+    inside: dict[str, _Inside] = {}
+    for each in nodes:
+        inside.setdefault(_top(each), _Inside()).add(each)
+    crowd: dict[str, int] = {}
+    for part in parts:
+        crowd[part.group] = crowd.get(part.group, 0) + 1
     result: list[config.Node | None] = []
     for part in parts:
         node = by_path.get(part.name)
         if node is None:
-            inside = [n for n in nodes if _top(n) == part.group]
-            prefix = f"/{part.prefix}"
-            same = [n for n in inside if prefix.endswith(f"/{n.name}")] or [
-                n for n in inside if re.fullmatch(rf".*/{re.escape(n.name)}_\d+", prefix, re.DOTALL)
-            ]
-            alone = len(inside) == 1 and sum(p.group == part.group for p in parts) == 1
-            candidates = inside if alone else same
+            held, prefix = inside.get(part.group, _Inside()), f"/{part.prefix}"
+            numbered = re.fullmatch(r"(.*)_\d+", prefix, re.DOTALL)
+            same = held.at_end(prefix) or (held.at_end(numbered[1]) if numbered else [])
+            candidates = held.nodes if len(held.nodes) == crowd[part.group] == 1 else same
             if len(candidates) > 1:
                 raise FormatError(
                     f"{shown}: the weights {printable(part.name)!r} belong to one of"
