@@ -183,7 +183,7 @@ def test_hooks_that_run_with_a_live_layer_are_said_and_torchs_own_are_not(side):
     report = bnport.convert(*both)
     x = torch.randn(3, 4, 5, 5)
     assert not torch.allclose(both[0][1](x), both[1][1](x))
-    assert [any("hooks run with it" in note for note in layer.notes) for layer in report.layers] == [True, False]
+    assert [any("a hook runs with it" in note for note in layer.notes) for layer in report.layers] == [True, False]
 
 
 def test_tensors_that_torch_does_not_write_into_are_refused_and_no_layer_is_changed():

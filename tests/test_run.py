@@ -272,6 +272,57 @@ def test_a_live_source_with_code_of_its_own_is_run_by_verify_too(tmp_path):
     assert bnport.verify(torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval(), tmp_path / "k.keras").ok
 
 
+class Counting(torch.nn.BatchNorm1d):
+    """Its forward() writes into its own buffers and draws random numbers."""
+
+    def forward(self, x):
+        self.running_mean.add_(1.0)
+        self.num_batches_tracked.add_(1)
+        return super().forward(x) + 0 * torch.rand(1)
+
+
+class CountingLayer(keras.layers.BatchNormalization):
+    def call(self, x, training=None, mask=None):
+        self.moving_mean.assign(self.moving_mean + 1.0)
+        return super().call(x, training=training, mask=mask)
+
+
+def test_what_code_of_its_own_writes_while_a_layer_is_compared_is_put_back(tmp_path):
+    module, layer = torch.nn.Sequential(Counting(3)).eval(), CountingLayer(epsilon=1e-5, name="0")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(epsilon=1e-5, name="0")]).save(
+        tmp_path / "k.keras"
+    )
+    drawn = torch.random.get_rng_state()
+    for live in (module, model):
+        report = bnport.verify(live, tmp_path / "k.keras")
+        assert not report.ok  # it was run: what it computes is not what its numbers say
+    assert [value.tolist() for value in module.state_dict().values()] == [[1] * 3, [0] * 3, [0] * 3, [1] * 3, 0]
+    assert [value.tolist() for value in layer.get_weights()] == [[1] * 3, [0] * 3, [0] * 3, [1] * 3]
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def _raising(x, training=None, mask=None):
+    raise KeyError("no such skip")
+
+
+@pytest.mark.parametrize("call", [_raising, lambda x, skip: x + skip, lambda x, training=None, mask=None: x[:, :1]])
+def test_a_replaced_call_that_does_not_run_alone_is_said(call):
+    def model(own):
+        layers = [keras.layers.BatchNormalization(epsilon=1e-5, name=name) for name in "ab"]
+        made = keras.Sequential([keras.Input((3,)), *layers])
+        if own:
+            layers[1].call = call
+        return made
+
+    for source, target in ((model(True), model(False)), (model(False), model(True))):
+        report = bnport.verify(source, target, run=True)
+        (said,) = report.not_run
+        assert "b: a call() that is not Keras' own does not run alone" in said
+        assert said.isprintable()
+        assert [bool(layer.checks) and layer.status for layer in report.layers] == ["exact", "exact"]
+
+
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_what_a_class_in_a_file_computes_is_said_to_be_unknown_by_convert_and_verify(tmp_path, side):
     """The real engines differ by a factor of 2 and no number in either file shows it."""

@@ -115,7 +115,7 @@ def one_axis(layer: Any, name: str) -> int:
 
 def _layer(name: str, layer: Any) -> Layer:
     one_axis(layer, name)
-    notes, own_code = [], False
+    notes = []
     stores = {"mean", "variance", "epsilon", "momentum"}
     for field, flag in (("gamma", "scale"), ("beta", "center")):
         there = getattr(layer, _ATTRIBUTE[field], None) is not None
@@ -124,23 +124,26 @@ def _layer(name: str, layer: Any) -> Layer:
         elif there:
             notes.append(f"{flag} was set to False after the layer was built: its {field} is there and not used")
     variable = layer.moving_mean
-    if "call" in vars(layer):
-        own_code = True
-        notes.append("its call() was replaced; what it computes is not known")
-    for base in type(layer).__mro__:
-        if base.__module__.split(".")[0] in PACKAGES:
-            break
-        if "call" in vars(base):
-            own_code = True
-            notes.append(f"{base.__name__} defines its own call(); what it computes is not known")
+    unknown = own_code(layer)
 
     def load() -> dict[str, Array]:
         return {field: numbers(getattr(layer, _ATTRIBUTE[field])) for field in FIELDS if field in stores}
 
     return Layer(
         name, channels=int(variable.shape[0]), epsilon=layer.epsilon, load=load, momentum=float(layer.momentum),
-        stores=stores, dtype=dtype_of(variable), notes=notes, own_code=own_code,
+        stores=stores, dtype=dtype_of(variable), notes=[*notes, *unknown], own_code=bool(unknown),
     )  # fmt: skip
+
+
+def own_code(layer: Any) -> list[str]:
+    """What to say of a layer that computes by other code than Keras' own; nothing for one that does not."""
+    notes = ["its call() was replaced; what it computes is not known"] if "call" in vars(layer) else []
+    for base in type(layer).__mro__:
+        if base.__module__.split(".")[0] in PACKAGES:
+            break
+        if "call" in vars(base):
+            notes.append(f"{base.__name__} defines its own call(); what it computes is not known")
+    return notes
 
 
 def numbers(variable: Any) -> Array:

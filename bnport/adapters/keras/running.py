@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.keras import live
-from bnport.errors import FormatError, MissingDependency, NotFound, first_line, listed, printable
+from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, first_line, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,7 +26,10 @@ def run_all(
     absent: str | Mapping[str, str] | None,
     stat: str | None,
 ) -> dict[str, dict[str, Array]]:
-    """name -> {"model(x)": y, "predict": y} for x of shape (N, C) of each named layer; all N must be equal."""
+    """name -> {"model(x)": y, "predict": y} for x of shape (N, C) of each named layer; all N must be equal.
+
+    Raises InvalidValue where one of them has a call() that is not Keras' own and does not run so.
+    """
     if isinstance(source, str | os.PathLike):
         layers = _from_file(os.fspath(source), list(inputs), epsilon, absent, stat)
         package = _keras()
@@ -41,6 +44,34 @@ def run_all(
             layers[name] = found[name]
         package = _keras(next((_package_of(layer) for layer in layers.values()), "keras"))
     shaped = {name: _shaped(layers[name], np.asarray(x), name) for name, x in inputs.items()}
+    own = [layer for layer in layers.values() if live.own_code(layer)]
+    try:
+        with _left_alone(own):
+            return _outputs(package, layers, inputs, shaped)
+    except Exception as error:
+        if not own:
+            raise
+        raise InvalidValue(
+            f"a call() that is not Keras' own does not run alone on x of shape (N, C): {type(error).__name__}:"
+            f" {printable(error, 160)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _left_alone(layers: list[Any]) -> Iterator[None]:
+    """Afterwards the variables of the layers are what they were, whatever their call() writes into them."""
+    before = [(variable, live.numbers(variable).copy()) for layer in layers for variable in layer.variables]
+    try:
+        yield
+    finally:
+        for variable, values in before:
+            if live.numbers(variable).tobytes() != values.tobytes():
+                variable.assign(values)
+
+
+def _outputs(
+    package: Any, layers: Mapping[str, Any], inputs: Mapping[str, Any], shaped: Mapping[str, Array]
+) -> dict[str, dict[str, Array]]:
     direct = [layers[name](x, training=False) for name, x in shaped.items()]
     with _forgetting():
         predicted = _predicted(package, list(layers.values()), list(shaped.values()))

@@ -83,7 +83,10 @@ _SPATIAL = {"1d": 0, "2d": 2, "3d": 3}  # dimensions that x gets, by the end of 
 
 
 def _at_inference(module: Any, x: Any) -> Any:
-    """module.forward(x) in eval mode, without hooks and without the activation that it may carry; all is put back."""
+    """module.forward(x) in eval mode, without hooks and without the activation that it may carry.
+
+    All is put back: modes, its tensors and the random state too, which a forward() that is not torch's own may change.
+    """
     import torch
 
     modes = [(m, m.training) for m in module.modules()]
@@ -100,15 +103,20 @@ def _at_inference(module: Any, x: Any) -> Any:
             forward = module._c._get_method("forward")
     elif type(module) is torch.nn.Module:
         raise InvalidValue("a layer of an exported program has no forward() of its own, the whole graph runs it")
+    held = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
     try:
         module.eval()
         for n in parts:
             setattr(module, n, torch.nn.Identity())
         if isinstance(activation, str):
             module.activation = "identity"
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return forward(x)
     finally:
+        with torch.no_grad():
+            for tensor, values in held:
+                if not torch.equal(tensor, values):
+                    tensor.copy_(values)
         for n, part in parts.items():
             setattr(module, n, part)
         if isinstance(activation, str):

@@ -181,4 +181,5 @@ def hooked(module: Any) -> list[str]:
     """What to say of hooks that run with a layer, but for torch's own (pruning, weight_norm, ...), which are understood."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     others = sum(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
-    return [f"{others} hooks run with it; what they may change is not part of the record"] if others else []
+    ran = "a hook runs" if others == 1 else f"{others} hooks run"
+    return [f"{ran} with it; what may be changed there is not part of the record"] if others else []
