@@ -27,7 +27,7 @@ def memory_bytes(memory: str | float | None) -> int:
     if not isinstance(memory, str):
         try:
             size = float(memory)
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             size = -1.0
     else:
         text = memory.strip().lower()

@@ -188,7 +188,7 @@ class Progress:
 def size_of(text: str) -> tuple[int, int]:
     """(height, width) of --size: HEIGHTxWIDTH, HEIGHT,WIDTH, or one number for both."""
     parts = text.lower().replace("x", ",").split(",")
-    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.strip().isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
         raise InvalidValue(f"--size: expected HEIGHTxWIDTH, such as 224x224, got {printable(text)!r}")
     return int(parts[0]), int(parts[-1])
 

@@ -329,7 +329,7 @@ def test_the_command_writes_json_whole_or_not_at_all(folder, tmp_path, capsys):
     "wrong",
     [
         ["--size", "8x8x8"], ["--size", "big"], ["--size", "0x8"], ["--size", "-8"], ["--scale", "1/0"], ["--scale", "x"],
-        ["--axis", "9"], ["-o", ""],
+        ["--axis", "9"], ["-o", ""], ["--size", "9" * 5000],
     ],
 )  # fmt: skip
 def test_the_command_refuses_wrong_settings_in_one_line(wrong, tmp_path, capsys):

@@ -261,8 +261,9 @@ def test_data_that_do_not_fit_are_refused_and_nothing_changes():
         calibrate(model, x[:0])
     with pytest.raises(InvalidValue, match=r"shape \(32, 8, 8, 2\)"):
         calibrate(model, x[..., :2])
-    with pytest.raises(InvalidValue, match="memory: expected a size"):
-        calibrate(model, x, memory="lots")
+    for memory in ("lots", b"8GB", 10**400, [8]):
+        with pytest.raises(InvalidValue, match="memory: expected a size"):
+            calibrate(model, x, memory=memory)
     with pytest.raises(InvalidValue, match="method: expected one of population"):
         calibrate(model, x, method="exact")
     with pytest.raises(InvalidValue, match="expected a live Keras model"):
