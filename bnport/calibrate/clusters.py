@@ -112,8 +112,8 @@ def dask_result(future: Any, seconds: float) -> Any:
     except distributed.KilledWorker as error:
         raise WorkerLost(f"Dask lost the worker of a block again and again: {printable(error)}") from None
     except distributed.TimeoutError:  # Python 3.10 has several of this name
-        if future.status == "error":  # the function's own
-            raise
+        if future.status == "error":  # the function's own, or it came to its end just now
+            return future.result()
         raise Waiting from None
 
 

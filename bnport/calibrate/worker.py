@@ -142,16 +142,18 @@ def _in_vain(live: LiveModel, moved: list[Held], batch: Any) -> bool:
     """
     statistics = [(variable, variable.numpy().copy()) for norm in live.norms for variable in norm._variables()]
     found = []
-    with live.untouched():
-        for restore in (False, True):
-            if restore:
-                for held in moved:
-                    held.restore()
-            once = OnePass(live, live.norms, "precise")
-            once.run([batch])
-            found.append(once.results())
-    for variable, value in statistics:
-        variable.assign(value)
+    try:
+        with live.untouched():
+            for restore in (False, True):
+                if restore:
+                    for held in moved:
+                        held.restore()
+                once = OnePass(live, live.norms, "precise")
+                once.run([batch])
+                found.append(once.results())
+    finally:
+        for variable, value in statistics:
+            variable.assign(value)
     return found[0] == found[1]
 
 
@@ -206,8 +208,10 @@ def _opened(plan: Plan) -> LiveModel:
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = plan.backend
     drawn = random.getstate()
-    live = LiveModel(load(plan.model, check_config(plan.model)))
-    random.setstate(drawn)  # layers take the seeds of new generators from there; this may be the caller's process
+    try:
+        live = LiveModel(load(plan.model, check_config(plan.model)))
+    finally:
+        random.setstate(drawn)  # layers take the seeds of new generators from there; this may be the caller's process
     if live.backend != plan.backend:
         raise InvalidValue(
             f"a worker runs Keras on {live.backend}, the model is on {plan.backend}; set KERAS_BACKEND there"

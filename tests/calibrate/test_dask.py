@@ -92,3 +92,14 @@ def test_a_function_that_raises_timeout_error_ends_the_run_with_it(engine):
             workers.map(work.times_out, range(3))
     finally:
         workers.close()
+
+
+def test_an_error_that_comes_when_the_waiting_ends_is_the_functions_own():
+    class Future:
+        status = "error"
+
+        def result(self, timeout=None):
+            raise distributed.TimeoutError if timeout else ZeroDivisionError("its own")
+
+    with pytest.raises(ZeroDivisionError, match="its own"):
+        clusters.dask_result(Future(), 0.1)
