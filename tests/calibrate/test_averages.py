@@ -73,7 +73,7 @@ def plain_loop(method, norm, calls, unbiased):
     return result
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batches, momenta, st.booleans())
 @pytest.mark.parametrize("method", ["average", "moving"])
 def test_the_result_is_within_the_derived_bound_of_a_plain_loop_in_rational_numbers(method, calls, momentum, unbiased):
@@ -88,7 +88,7 @@ def test_the_result_is_within_the_derived_bound_of_a_plain_loop_in_rational_numb
             assert abs(Fraction(float(value)) - want) <= Fraction(factor * U * (1 + 1e-9)) * size + tiny
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches, momenta, st.booleans(), st.data())
 @pytest.mark.parametrize("method", ["precise", "average", "moving"])
 def test_any_division_into_shards_and_any_point_of_resuming_give_the_same_bits(method, calls, momentum, unbiased, data):
@@ -120,7 +120,7 @@ updates = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(updates, updates, updates)
 def test_merging_is_associative_within_rounding_and_nothing_is_neutral(a, b, c):
     left, right = a.merge(b).merge(c), a.merge(b.merge(c))
@@ -135,7 +135,7 @@ def test_merging_is_associative_within_rounding_and_nothing_is_neutral(a, b, c):
     assert a.merge(nothing).to_bytes() == nothing.merge(a).to_bytes() == a.to_bytes()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(updates)
 def test_stored_updates_come_back_bit_for_bit(value):
     for back in (Updates.from_bytes(value.to_bytes()), pickle.loads(pickle.dumps(value))):

@@ -75,13 +75,13 @@ def test_a_shift_that_the_first_rows_get_wrong_does_not_cost_accuracy():
 finite = st.floats(-1e6, 1e6, allow_nan=False, width=32)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(hnp.arrays(np.float32, st.tuples(st.integers(1, 30), st.integers(1, 4)), elements=finite))
 def test_moments_agree_with_exact_rational_arithmetic(x):
     assert_close_to_rational(moments(x), x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     hnp.arrays(np.float64, st.tuples(st.integers(3, 24), st.integers(1, 2)), elements=st.floats(-1, 1, width=64)),
     st.sampled_from([0.0, 1.0, 1e4, -1e8]),
@@ -98,7 +98,7 @@ def test_merging_is_associative_within_the_bound_and_every_grouping_is_near_the_
         assert_close_to_rational(found, x)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40))
 def test_a_tree_that_is_stored_and_resumed_anywhere_gives_the_same_bits(sizes):
     rng = np.random.default_rng(len(sizes))

@@ -36,13 +36,13 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(PLAIN, st.sampled_from([3, 4, 5]))
 def test_plain_data_reads_as_the_standard_reader_reads_it(value, protocol):
     assert read(pickle.dumps(value, protocol)) == value
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(alphabet=string.printable),

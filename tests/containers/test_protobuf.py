@@ -64,13 +64,13 @@ def ours(buffer):
 
 
 @given(messages())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_field_is_what_googles_parser_sees(data):
     assert ours(wire.Buffer(data)) == google(data)
 
 
 @given(messages())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_file_reads_like_its_bytes(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("wire") / "message"
     path.write_bytes(data)
@@ -78,7 +78,7 @@ def test_a_file_reads_like_its_bytes(tmp_path_factory, data):
 
 
 @given(messages(), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_damage_is_refused_or_read_exactly_as_google_reads_it(data, draw):
     mutant = bytearray(data)
     for _ in range(draw.draw(st.integers(1, 3))):
@@ -167,7 +167,6 @@ def test_more_integers_than_the_limit_are_refused_before_they_are_read():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=6), st.integers(0, 30))
-@settings(deadline=None)
 def test_repeated_floats_are_read_packed_one_by_one_and_mixed(runs, gap):
     """As Google reads them into float_data; other fields may lie between."""
     random, data = np.random.default_rng(0), b""
@@ -241,7 +240,7 @@ def inner(buffer, number, span=None, path=()):
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["node", "initializer", "attribute", "graph"]),
                           st.integers(0, 40_000)), max_size=6))  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_splice_is_what_google_makes_of_the_same_change(tmp_path_factory, changes):
     data = sample()
     buffer = wire.Buffer(data)

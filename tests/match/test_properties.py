@@ -62,7 +62,7 @@ def isomorphic_with(sources, targets, pairs):
 
 
 @given(copies())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_pairs_of_two_copies_of_a_graph_belong_to_an_isomorphism(copy):
     sources, targets, _ = copy
     found = match(sources, targets)
@@ -73,7 +73,7 @@ def test_the_pairs_of_two_copies_of_a_graph_belong_to_an_isomorphism(copy):
 
 
 @given(copies(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_true_pair_is_always_among_the_candidates(copy, data):
     sources, targets, truth = copy
     found = match(sources, targets)
@@ -86,7 +86,7 @@ def test_the_true_pair_is_always_among_the_candidates(copy, data):
 
 
 @given(copies(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_layers_missing_on_one_side_never_end_in_an_error_or_in_a_pair_of_other_widths(copy, data):
     sources, targets, _ = copy
     for name in data.draw(st.sets(st.sampled_from(sorted(sources)))):
@@ -99,7 +99,7 @@ def test_layers_missing_on_one_side_never_end_in_an_error_or_in_a_pair_of_other_
 
 
 @given(copies())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_without_a_graph_on_one_side_every_layer_is_still_accounted_for(copy):
     sources, targets, _ = copy
     bare = layers(*(each.but(inputs=None) for each in sources.values()))
@@ -111,7 +111,7 @@ NAMES = st.from_regex(r"[a-c]{1,2}[0-9]{0,2}[._{}][a-c]?[0-9]{0,2}[a-b]?", fullm
 
 
 @given(st.dictionaries(NAMES, NAMES, max_size=30), st.lists(NAMES, max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_compressed_map_says_exactly_what_was_paired(pairs, others):
     pairs = {t: s for t, s in pairs.items() if list(pairs.values()).count(s) == 1}
     targets = list(dict.fromkeys([*pairs, *others]))
