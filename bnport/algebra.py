@@ -115,15 +115,19 @@ def _wider(dtype: str) -> str:
     return "float64" if dtype == "float32" else "float32"
 
 
-def _with_room_for_gamma(record: BatchNorm) -> BatchNorm:
-    """The record with a smaller epsilon, a power of ten, where without_gamma needs one: (variance + epsilon) / gamma**2."""
+def _with_room_for_gamma(record: BatchNorm, dtype: str) -> BatchNorm:
+    """The record with a smaller epsilon, a power of ten, where without_gamma needs one: (variance + epsilon) / gamma**2.
+
+    None that is subnormal in what `dtype` is computed in: engines take such a number for zero, or lose digits of it.
+    """
     gamma = record.gamma.astype(np.float64)
     with np.errstate(divide="ignore", over="ignore"):
         room = ((record.variance.astype(np.float64) + record.epsilon) / gamma**2)[gamma != 1]
     least = float(room.min(initial=np.inf))
     if not 0 < least < record.epsilon:
         return record
-    return with_epsilon(record, float(f"1e{math.floor(math.log10(least / 2))}"))
+    smaller = float(f"1e{math.floor(math.log10(least) - math.log10(2))}")
+    return record if smaller < 2.0 ** (-1022 if dtype == "float64" else -126) else with_epsilon(record, smaller)
 
 
 def fit(record: BatchNorm, *, scale: bool, center: bool, epsilon: float | None, dtype: str) -> Fit:
@@ -136,7 +140,7 @@ def fit(record: BatchNorm, *, scale: bool, center: bool, epsilon: float | None, 
         where = {0: "variance", record.channels: "gamma"}.get(by_gamma, f"variance and gamma ({by_gamma} channels)")
         notes.append(f"epsilon {record.epsilon!r} -> {fitted.epsilon!r} absorbed into {where}")
     if epsilon is None and not scale:
-        fitted = _with_room_for_gamma(record)
+        fitted = _with_room_for_gamma(record, dtype)
         if fitted is not record:
             notes.append(f"epsilon {record.epsilon!r} -> {fitted.epsilon!r}, so that gamma can be absorbed")
     for absent, change, note in (

@@ -399,6 +399,19 @@ def test_what_a_target_can_hold_as_it_is_stays_bit_for_bit():
     assert fit.notes == ()
 
 
+@pytest.mark.parametrize(("dtype", "exponent"), [("float32", -37), ("float64", -307)])
+def test_no_epsilon_is_taken_that_an_engine_would_take_for_zero(dtype, exponent):
+    """Subnormal float32 numbers are zero to TensorFlow, and epsilon 1e-38 is a part of 1 in 15 here."""
+    least = 15 * 10.0 ** np.array([exponent, exponent - 1])  # (variance + epsilon) / gamma**2
+    fits, does_not = (
+        BatchNorm(gamma=[(1.001 / each) ** 0.5], beta=[0.0], mean=[0.0], variance=[1.0], epsilon=1e-3) for each in least
+    )
+    fit = fits.fit(scale=False, center=True, epsilon=None, dtype=dtype)
+    assert fit.record.epsilon == float(f"1e{exponent}")
+    with pytest.raises(Unrepresentable, match="scale=False"):
+        does_not.fit(scale=False, center=True, epsilon=None, dtype=dtype)
+
+
 def test_a_fit_says_what_it_absorbed():
     bn = BatchNorm(gamma=[2.0, 1.0], beta=[1.0, 0.0], mean=[0.0, 0.0], variance=[1e-6, 1.0], epsilon=1e-5)
     assert bn.fit(epsilon=1e-3).notes == ("epsilon 1e-05 -> 0.001 absorbed into variance and gamma (1 channels)",)
