@@ -62,7 +62,7 @@ def dask_client(workers: int | None, address: Any, retries: int) -> tuple[Any, C
         if address is not None:
             client = distributed.Client(address, set_as_default=False)
         else:
-            held.enter_context(dask.config.set(_LOCAL_DASK | {"distributed.scheduler.allowed-failures": retries}))
+            held.enter_context(dask.config.set(_local_dask(retries)))
             client = distributed.Client(
                 set_as_default=False,
                 n_workers=workers or cores(),
@@ -74,14 +74,19 @@ def dask_client(workers: int | None, address: Any, retries: int) -> tuple[Any, C
         return client, held.pop_all().close
 
 
-# settings of Dask that hold while a cluster that was started here lives
-_LOCAL_DASK: dict[str, Any] = {
-    # not set: any value makes glibc give back every large block at once, and a forward pass takes 1.2 (TensorFlow)
-    # to 2.3 (torch) times the processor's time, for the pages that it must be given anew
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
-    # a worker that is restarted is given up for ever after this, 15 s if not set: on a busy machine it is not back by then
-    "distributed.deploy.lost-worker-timeout": "1 hour",
-}
+def _local_dask(retries: int) -> dict[str, Any]:
+    """Settings of Dask that hold while a cluster that was started here lives."""
+    import dask
+
+    environment = "distributed.nanny.pre-spawn-environ"
+    return {
+        # without one variable: any value makes glibc give back every large block at once, and a forward pass takes 1.2
+        # (TensorFlow) to 2.3 (torch) times the processor's time, for the pages that it must be given anew
+        environment: {k: v for k, v in dask.config.get(environment).items() if k != "MALLOC_TRIM_THRESHOLD_"},
+        # a worker that is restarted is given up for ever after this, 15 s if not set: on a busy machine it is not back by then
+        "distributed.deploy.lost-worker-timeout": "1 hour",
+        "distributed.scheduler.allowed-failures": retries,
+    }
 
 
 class Vigil:

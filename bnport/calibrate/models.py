@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from bnport.record import Array
 
-
-# no keras.tree in the first; in both a layer of 16 bits rounds the parameters of BatchNorm on their way into it
-TOO_OLD = ("3.0.", "3.1.")
+# 3.0 has no keras.tree; 3.0 and 3.1 round a BatchNorm's parameters to 16 bits where the layer's dtype policy is mixed; 3.2
+# loads a model in which several layers lead into a shared one without all of these but one, and says nothing
+TOO_OLD = ("3.0.", "3.1.", "3.2.")
 
 
 class Stop(BaseException):
@@ -52,7 +52,7 @@ class LiveModel:
         self.version = 3 if self.keras.__version__.startswith("3") else 2
         self.backend: str = self.keras.backend.backend() if self.version == 3 else "tensorflow"
         if self.keras.__version__.startswith(TOO_OLD):
-            raise MissingDependency(f"calibrate needs Keras 3.2 or newer, or Keras 2: this is {self.keras.__version__}")
+            raise MissingDependency(f"calibrate needs Keras 3.3 or newer, or Keras 2: this is {self.keras.__version__}")
         self.tree: Any = self.keras.tree if self.version == 3 else sys.modules["tensorflow"].nest
         self.norms = self._find_norms()
         self.states: States | None = None  # while it is running
