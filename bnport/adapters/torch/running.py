@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.torch.layers import FIELD_OF, NO_STATISTICS
 from bnport.adapters.torch.live import described, targets_of
-from bnport.adapters.torch.values import class_name
+from bnport.adapters.torch.values import class_name, own_forward
 from bnport.errors import BnportError, FormatError, InvalidValue, MissingDependency, NotFound, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from bnport.layer import Layers
     from bnport.record import Array
@@ -103,26 +104,39 @@ def _at_inference(module: Any, x: Any) -> Any:
             forward = module._c._get_method("forward")
     elif type(module) is torch.nn.Module:
         raise InvalidValue("a layer of an exported program has no forward() of its own, the whole graph runs it")
-    held = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
     try:
         module.eval()
         for n in parts:
             setattr(module, n, torch.nn.Identity())
         if isinstance(activation, str):
             module.activation = "identity"
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), _left_alone(module):
             return forward(x)
     finally:
-        with torch.no_grad():
-            for tensor, values in held:
-                if not torch.equal(tensor, values):
-                    tensor.copy_(values)
         for n, part in parts.items():
             setattr(module, n, part)
         if isinstance(activation, str):
             module.activation = activation
         for m, training in modes:
             m.training = training
+
+
+@contextlib.contextmanager
+def _left_alone(module: Any) -> Iterator[None]:
+    """Afterwards the tensors of the module and the random state are what they were, whatever its forward() does to them."""
+    import torch
+
+    if not own_forward(module, None):  # torch's own does nothing to them
+        yield
+        return
+    before = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for tensor, values in before:
+            if not torch.equal(tensor, values):
+                tensor.copy_(values)
 
 
 def _numpy(y: Any) -> Array:
