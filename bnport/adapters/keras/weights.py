@@ -182,7 +182,7 @@ def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = 
         others = [layer for layer in others if not _OTHER_NORM.search(layer)]
     if others:
         notes.append(
-            f"{listed(others, 3)}: two or three arrays only, not taken for BatchNormalization (LayerNormalization has two)"
+            f"{listed(others, 3)}: arrays of one length, not taken for BatchNormalization (LayerNormalization has two of them)"
         )
     return found, notes
 
