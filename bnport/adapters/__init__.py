@@ -178,7 +178,7 @@ def read_head(path: str) -> bytes:
 
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # as in ReadFile
         raise NotFound(f"{printable(path)}: no such file" if path else "a file's name is empty") from None
     except OSError as error:
         raise FormatError(f"{printable(path)}: {error.strerror}") from None

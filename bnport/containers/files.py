@@ -29,7 +29,7 @@ class ReadFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
             status = os.fstat(self._descriptor)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # no file has half a surrogate pair or a zero byte in its name
             raise NotFound(f"{printable(path)}: no such file") from None
         except OSError as error:
             raise FormatError(f"{printable(path)}: {error.strerror}") from None
@@ -161,6 +161,8 @@ def check_output(out: str, *, force: bool = False, inputs: Iterable[str] = ()) -
         status = os.lstat(out)
     except FileNotFoundError:
         return
+    except ValueError:
+        raise OutputError(f"{shown}: no file can have this name") from None
     except OSError as error:
         raise OutputError(f"{shown}: {error.strerror}") from None
     if stat.S_ISLNK(status.st_mode):

@@ -11,7 +11,8 @@ import torch
 
 from bnport.adapters import read
 from bnport.cli import main
-from bnport.errors import FormatError, NotFound
+from bnport.convert import save_records
+from bnport.errors import FormatError, NotFound, OutputError
 
 
 @pytest.fixture
@@ -123,6 +124,21 @@ def test_a_part_that_holds_a_module_is_refused(model, tmp_path):
     torch.save(model, tmp_path / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(FormatError, match="should hold a plain state dict"):
         read(str(index))
+
+
+@pytest.mark.parametrize("name", ["a\ud800.bin", "a\ud800.safetensors"])
+def test_a_part_whose_name_no_file_can_have_is_not_there(tmp_path, name):
+    (tmp_path / "model.bin.index.json").write_text(json.dumps({"weight_map": {"bn.weight": name}}))
+    with pytest.raises(NotFound, match=r"a\\ud800\.\w+: no such file"):
+        read(str(tmp_path / "model.bin.index.json"))
+
+
+def test_names_that_no_file_can_have_are_refused_in_words(model, tmp_path):
+    for name in ("a\0.pth", "a\ud800.pth"):
+        with pytest.raises(NotFound, match="no such file"):
+            read(str(tmp_path / name))
+        with pytest.raises(OutputError, match="no file can have this name"):
+            save_records(model, str(tmp_path / f"{name}.safetensors"))
 
 
 def test_an_index_is_no_target(model, tmp_path, capsys):
