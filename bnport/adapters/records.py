@@ -85,6 +85,7 @@ def save(layers: Layers, out: str) -> None:
     """
     digest = sha256(layers.source) if os.path.isfile(layers.source) else ""
     name = os.path.basename(layers.source) if digest else layers.source
+    name = name.encode("utf-8", "backslashreplace").decode()  # on Linux it may be any bytes
     _write(out, layers, {"source": name, "source_format": layers.format, "source_sha256": digest})
 
 

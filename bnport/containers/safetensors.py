@@ -81,7 +81,13 @@ def write_safetensors(path: str, arrays: Mapping[str, Array], metadata: Mapping[
             "dtype": _NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": [position, end]
         }  # fmt: skip
         position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = printable(error.object[error.start : error.end])
+        raise InvalidValue(
+            f"{printable(path)}: a name with {bad} in it, which is no character, cannot be written"
+        ) from None
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise InvalidValue(f"{printable(path)}: a header of {len(text)} bytes; at most {LARGEST_HEADER} are read back")

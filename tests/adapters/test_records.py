@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from bnport import adapters
 from bnport.adapters import records
+from bnport.convert import save_records
 from bnport.errors import BnportError, FormatError, InvalidValue
 from bnport.layer import Change, Kernel, Layer, Layers
 from tests.adapters.contract import FileContract, telling_record
@@ -261,6 +262,21 @@ def test_an_assumed_epsilon_stays_assumed_until_somebody_says_it(tmp_path):
     bnport.save_records(DIGITS / "digits.pth", tmp_path / "b.safetensors", epsilon=1e-3)
     told = records.read(str(tmp_path / "b.safetensors"))
     assert {(layer.epsilon, layer.assumed) for layer in told.values()} == {(1e-3, frozenset())}
+
+
+def test_a_source_whose_name_is_no_text_is_named_with_escapes(tmp_path):
+    source = f"{tmp_path}/caf\udce9.pt"  # Latin-1 on Linux
+    torch.save(torch.nn.Sequential(torch_module(telling_record(3, epsilon=1e-5))).eval(), source)
+    save_records(source, f"{tmp_path}/a.safetensors")
+    (note,) = adapters.read(f"{tmp_path}/a.safetensors").notes
+    assert r"caf\udce9.pt" in note.replace("\\\\", "\\")
+
+
+def test_a_layer_whose_name_is_no_text_is_refused(tmp_path):
+    layers = Layers([as_layer("bn\ud800", torch_module(telling_record(3, epsilon=1e-5)))], source="m", format="torch")
+    with pytest.raises(InvalidValue, match="no character"):
+        save_records(layers, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_that_the_source_was_sorted_by_name_is_kept(tmp_path):
