@@ -75,7 +75,8 @@ def _interceptor(norm: Norm, original: Callable[..., Any], hook: Hook) -> Callab
 
 def _looking_like(original: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
     """`call` with the signature of `original`: TimeDistributed of Keras 2 hands a mask on only to a layer that names it."""
-    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    with contextlib.suppress(TypeError, ValueError):  # compiled code may not have any
+        call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return call
 
 

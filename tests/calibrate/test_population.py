@@ -350,3 +350,18 @@ def test_a_layer_that_a_mask_hides_everything_from_is_named():
     x[3, 2] = 0
     with pytest.raises(InvalidValue, match=r"across: its channels are on axis 1, and a mask.*layers="):
         calibrate(across, x)
+
+
+def test_a_replaced_call_whose_signature_is_not_known_is_refused_in_words():
+    layer = L.BatchNormalization(name="own")
+    model = keras.Sequential([keras.Input((4,)), layer])
+
+    class Compiled:
+        __signature__ = "none"  # as inspect.signature fails for what is written in C
+
+        def __call__(self, x, training=None, mask=None):
+            return x
+
+    layer.call = Compiled()
+    with pytest.raises(InvalidValue, match="own: its class BatchNormalization normalises without"):
+        calibrate(model, np.zeros((64, 4), "f4"))
