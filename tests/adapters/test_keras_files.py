@@ -119,6 +119,32 @@ def test_a_weights_only_file_of_keras_2_is_matched_by_weight_name():
         assert layer.assumed == {"epsilon"}
 
 
+def test_an_epsilon_that_tensorflow_up_to_2_11_replaced_is_said_with_the_one_it_computed_with(tmp_path):
+    source = os.path.join(FIXTURES, "tf211.h5")
+    held = np.load(os.path.join(FIXTURES, "tf211.npz"))  # by TensorFlow 2.11 itself
+    layers = bnport.read(source)
+    for name, used in (("fused", 1.001e-5), ("flat", 1e-6)):
+        record, x, y = layers[name].record, held[f"{name} x"], held[f"{name} y"]
+        assert record.epsilon == 1e-6
+        computed = record.replace(epsilon=used)
+        assert (np.abs(computed(x) - y) <= computed.error_bound(x)).all()
+        other = record.replace(epsilon=1.001e-5 if used == 1e-6 else 1e-6)
+        assert (np.abs(other(x) - y) > other.error_bound(x)).any()
+        (note,) = layers[name].notes
+        assert (
+            "2.11.0: TensorFlow up to 2.11 computes it, on images (4 axes), with epsilon 1.001e-05 instead of 1e-06"
+            in note
+        )
+    for version, epsilon, said in (("2.12.0", 1e-6, False), ("2.2.4-tf", 1e-6, True), ("2.11.0", 1.001e-5, False)):
+        out = tmp_path / f"{version}.h5"
+        shutil.copy(source, out)
+        with h5py.File(out, "r+") as file:
+            for holder in (file, file["model_weights"]):
+                holder.attrs["keras_version"] = version
+            file.attrs["model_config"] = file.attrs["model_config"].replace("1e-06", repr(epsilon))
+        assert bool(bnport.read(out)["fused"].notes) == said
+
+
 def rewritten(source, out, changes, **options):
     replace_file(str(out), lambda new: KERAS.write(str(source), changes, new, **options), inputs=[str(source)])
 

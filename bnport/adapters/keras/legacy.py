@@ -23,6 +23,7 @@ _FIELD = {
 _WEIGHT = re.compile(rf"(?:(.*)[/_.])?({'|'.join(_FIELD)})(?:_\d+)?(?::\d+)?", re.DOTALL)
 _KEY = re.compile(r"layer_(\d+)")
 STATS = ("variance", "std", "root")
+LEAST_FUSED = 1.001e-5  # TensorFlow up to 2.11: tf.compat.v1.nn.fused_batch_norm takes it for any smaller epsilon
 
 
 def is_legacy(h5: H5) -> bool:
@@ -82,11 +83,26 @@ def read(h5: H5, stat: str | None, *, evidence: bool) -> Contents:
     old = [part for part, _ in paired if "std" in part.tensors]
     form = _form(old, version, stat, shown) if old else "variance"
     entries = [_entry(part, node, form if "std" in part.tensors else "variance", shown) for part, node in paired]
+    _note_replaced_epsilons(entries, version, h5.root.attribute("backend"))
     if root is not None and evidence:
         _add_evidence(root, entries, weights)
     contents = Contents(h5.file.path, "legacy", entries, holds_epsilon=root is not None)
     contents.extra = {"text": text, "root": root, "h5": h5, "weights": weights}
     return contents
+
+
+def _note_replaced_epsilons(entries: list[Entry], version: str | None, backend: object) -> None:
+    """Say of layers with an epsilon below LEAST_FUSED, in a file of a TensorFlow up to 2.11, what they were computed with."""
+    number = re.match(r"(\d{1,4})\.(\d{1,4})", version or "")
+    if number is None or tuple(map(int, number.groups())) > (2, 11) or backend not in ("tensorflow", None):
+        return
+    for entry in entries:
+        if entry.epsilon is not None and entry.epsilon < LEAST_FUSED:
+            entry.notes += (
+                f"the file is of Keras {printable(version, 20)}: TensorFlow up to 2.11 computes it, on images (4 axes), with"
+                f" epsilon {LEAST_FUSED!r} instead of {entry.epsilon!r}; elsewhere bnport.set_weights(layer,"
+                f" epsilon={LEAST_FUSED!r}) makes it the same",
+            )
 
 
 def _add_evidence(root: config.Node, entries: list[Entry], weights: Group) -> None:
