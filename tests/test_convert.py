@@ -138,7 +138,8 @@ def test_an_output_of_the_same_kind_or_of_no_known_one_is_written(tmp_path, targ
 @pytest.mark.parametrize("form", ["live", "file"])
 def test_a_target_without_gamma_gets_a_smaller_epsilon_where_slopes_are_too_steep_for_the_sources(tmp_path, form):
     """(variance + epsilon) / gamma**2 is 2.5e-4 for the first channel, less than the source's epsilon."""
-    keras = pytest.importorskip("keras")
+    import keras
+
     source = torch.nn.Sequential(torch.nn.BatchNorm1d(3, eps=1e-3)).eval()
     with torch.no_grad():
         source[0].weight.copy_(torch.tensor([2.0, 1.0, 0.5]))
@@ -196,7 +197,8 @@ def test_tensors_that_torch_does_not_write_into_are_refused_and_no_layer_is_chan
 
 
 def test_a_keras_source_whose_call_was_replaced_is_run_and_not_called_the_same():
-    keras = pytest.importorskip("keras")
+    import keras
+
     source = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="0")])
     target = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval()
     assert bnport.convert(source, target).ok
