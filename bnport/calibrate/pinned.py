@@ -154,11 +154,19 @@ class _Dask(_Workers):
         self.client, self._close = dask_client(workers, address, retries)
         self.retries = retries
         self.vigil = Vigil(self.client)
-        while not (homes := self.vigil.workers()):
-            time.sleep(POLL)
-        self.homes = homes
-        self.count = len(homes)
+        self.homes = self._first_workers()
+        self.count = len(self.homes)
         self.missed: dict[int, float] = {}  # place -> since when its worker is gone
+
+    def _first_workers(self) -> list[str]:
+        """Those of a cluster that has none yet are waited for."""
+        try:
+            while not (homes := self.vigil.workers()):
+                time.sleep(POLL)
+        except BaseException:
+            self._close()
+            raise
+        return homes
 
     def map(
         self, function: Callable[[Any], Any], blocks: Sequence[Any], again: Callable[[Any], Any] | None = None
