@@ -113,13 +113,14 @@ def dask_result(future: Any, seconds: float) -> Any:
     import distributed
 
     try:
-        return future.result(timeout=seconds)
+        try:
+            return future.result(timeout=seconds)
+        except distributed.TimeoutError:  # Python 3.10 has several of this name
+            if future.status != "error":
+                raise Waiting from None
+            return future.result()  # the function's own is of this class, or it came to its end just now
     except distributed.KilledWorker as error:
         raise WorkerLost(f"Dask lost the worker of a block again and again: {printable(error)}") from None
-    except distributed.TimeoutError:  # Python 3.10 has several of this name
-        if future.status == "error":  # the function's own, or it came to its end just now
-            return future.result()
-        raise Waiting from None
 
 
 class Waiting(Exception):

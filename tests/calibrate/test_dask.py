@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import dask
 import distributed
@@ -94,12 +95,24 @@ def test_a_function_that_raises_timeout_error_ends_the_run_with_it(engine):
         workers.close()
 
 
-def test_an_error_that_comes_when_the_waiting_ends_is_the_functions_own():
+@pytest.mark.parametrize(
+    ("own", "error", "words"),
+    [
+        (ZeroDivisionError("its own"), ZeroDivisionError, "its own"),
+        (
+            distributed.KilledWorker("block", SimpleNamespace(address="tcp://127.0.0.1:1"), 3),
+            WorkerLost,
+            "again and again",
+        ),
+    ],
+    ids=["its own", "killed"],
+)
+def test_an_error_that_comes_when_the_waiting_ends_is_what_it_is(own, error, words):
     class Future:
         status = "error"
 
         def result(self, timeout=None):
-            raise distributed.TimeoutError if timeout else ZeroDivisionError("its own")
+            raise distributed.TimeoutError if timeout else own
 
-    with pytest.raises(ZeroDivisionError, match="its own"):
+    with pytest.raises(error, match=words):
         clusters.dask_result(Future(), 0.1)
