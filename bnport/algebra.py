@@ -6,6 +6,7 @@ float64; `rounded` is the one rounding. The formulas are exact: (a, b) stay what
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 from bnport._lazy import TYPE_CHECKING, np
@@ -90,7 +91,7 @@ def rounded(record: BatchNorm, dtype: str) -> BatchNorm:
             at = int(np.argmax(over))
             raise Unrepresentable(
                 f"{name}, {first_channels(over)}: {float(getattr(record, name)[at])!r} does not fit {dtype}"
-                f" (largest {LARGEST[dtype]:g}); a target that stores {_wider(dtype)} holds it"
+                f" (largest {LARGEST[dtype]:g}); a target that stores {_wider(record, dtype)} holds it"
             )
     lost = arrays["variance"].astype(np.float64) + record.epsilon <= 0
     if lost.any():
@@ -106,13 +107,18 @@ def rounded(record: BatchNorm, dtype: str) -> BatchNorm:
     if bad.any():
         raise Unrepresentable(
             f"{first_channels(bad)}: values underflow in {dtype} and would change the function; a target that stores"
-            f" {_wider(dtype)} holds them"
+            f" {_wider(record, dtype)} holds them"
         )
     return result
 
 
-def _wider(dtype: str) -> str:
-    return "float64" if dtype == "float32" else "float32"
+def _wider(record: BatchNorm, dtype: str) -> str:
+    """The least type that holds what `dtype` does not."""
+    with contextlib.suppress(Unrepresentable):
+        if dtype != "float32":
+            rounded(record, "float32")
+            return "float32"
+    return "float64"
 
 
 def _with_room_for_gamma(record: BatchNorm, dtype: str) -> BatchNorm:

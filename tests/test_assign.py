@@ -134,7 +134,11 @@ def test_a_gamma_for_a_layer_without_one_is_refused():
 
 @pytest.mark.parametrize(
     ("gamma", "why"),
-    [(70000, "does not fit float16.*float32 holds it"), (1e-9, "underflow in float16.*float32 holds them")],
+    [
+        (70000, "does not fit float16.*float32 holds it"),
+        (1e39, "does not fit float16.*float64 holds it"),
+        (1e-9, "underflow in float16.*float32 holds them"),
+    ],
 )
 def test_a_value_beyond_the_layers_dtype_is_refused_with_the_layers_name_and_what_would_hold_it(gamma, why):
     layer = keras_layer(dtype="float16")
