@@ -226,9 +226,10 @@ def verify(
         original = _engine(source, epsilon, source_options) if alive else None
         if original is None and explicit:
             not_run.append(f"the source's own layers: no engine for {sources.format}")
-        layers = run_layers(layers, sources, targets, engine, not_run, progress, source_engine=original)
-        if not run:
-            not_run[0] = "the target's real layers (--run does)"
+        unasked = "" if run else "the target's real layers (--run does)"
+        layers = run_layers(
+            layers, sources, targets, engine, not_run, progress, source_engine=original, unasked=unasked
+        )
     else:
         not_run.append("the real layers (--run does)")
     notes = said(sources, targets, match.pairs)

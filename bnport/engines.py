@@ -94,11 +94,13 @@ def run_layers(
     progress: Progress | None = None,
     references: Mapping[str, BatchNorm] | None = None,
     source_engine: Engine | None = None,
+    unasked: str = "",
 ) -> dict[str, LayerReport]:
     """Add the `run` rung: real layers at the probes of `held`.
 
     The target's layers are held against the source's records (or `references`). With a `source_engine`, the source's own
     layers run on the same probes: each against its own record, and the target's against it, within the sum of the bounds.
+    `unasked`: what to say of the target's where it is not for want of an engine that they are not run.
     Where one side computes in 16 bits, both get probes of that type, none beyond its largest number.
     """
     runnable = {name: layer for name, layer in layers.items() if layer.status != INVALID}
@@ -109,7 +111,7 @@ def run_layers(
     x = {name: held[name].record.probes("float32") for name in runnable}
     whose = f"the real layers of the {held.format} side"
     if engine is None:
-        not_run.append(f"the real layers: no engine for {held.format}")
+        not_run.append(unasked or f"the real layers: no engine for {held.format}")
     outputs, originals = _both(runnable, x, engine, source_engine, not_run, progress, whose, sources.format)
     narrow = _narrow(outputs, held, None) | _narrow(originals, sources, runnable)
     if narrow and (source_engine is not None or any(_overflows(values, narrow) for values in x.values())):

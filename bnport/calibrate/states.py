@@ -198,9 +198,8 @@ def _global_generator(live: LiveModel) -> Iterator[Any]:
     try:
         known = live.keras.src.backend.common.global_state
         module = live.keras.src.random.seed_generator
-        name = getattr(
-            module, "GLOBAL_SEED_GENERATOR", "global_seed_generator"
-        )  # older versions have no constant for it
+        # before Keras 3.9 or so there is no constant for it
+        name = getattr(module, "GLOBAL_SEED_GENERATOR", "global_seed_generator")
         before = known.get_global_attribute(name)
     except AttributeError:  # Keras 2, or another version
         yield None
