@@ -110,13 +110,9 @@ class BatchNorm:
     Raises InvalidValue on wrong shapes or dtypes, NaN or infinity, or variance + epsilon <= 0.
     """
 
-    __slots__ = ("beta", "epsilon", "gamma", "mean", "values", "variance")
+    __slots__ = ("epsilon", "values")
 
     values: Array
-    gamma: Array
-    beta: Array
-    mean: Array
-    variance: Array
     epsilon: float
 
     def __init__(
@@ -142,10 +138,7 @@ class BatchNorm:
             _refuse_not_finite(mean=mean, variance=variance, gamma=gamma, beta=beta)
         values.setflags(write=False)
         put(self, "values", values)
-        put(self, "gamma", values[0])
-        put(self, "beta", values[1])
-        put(self, "mean", values[2])
-        put(self, "variance", held := values[3])
+        held = values[3]
         if not held.item(held.argmin()) + self.epsilon > 0:
             bad = held.astype(np.float64) + self.epsilon <= 0
             at = int(np.argmax(bad))
@@ -178,6 +171,26 @@ class BatchNorm:
         if one.dtype != two.dtype:
             one, two = one.astype(np.float64), two.astype(np.float64)
         return one.tobytes() == two.tobytes()
+
+    @property
+    def gamma(self) -> Array:
+        """Scale, shape (C,): a view of `values`, as the other three are."""
+        return self.values[0]  # type: ignore[no-any-return]
+
+    @property
+    def beta(self) -> Array:
+        """Shift, shape (C,)."""
+        return self.values[1]  # type: ignore[no-any-return]
+
+    @property
+    def mean(self) -> Array:
+        """Running mean, shape (C,)."""
+        return self.values[2]  # type: ignore[no-any-return]
+
+    @property
+    def variance(self) -> Array:
+        """Running variance (not std), shape (C,)."""
+        return self.values[3]  # type: ignore[no-any-return]
 
     @property
     def channels(self) -> int:
