@@ -3,6 +3,7 @@
 `bnport.calibrate(model, data, ...)` is the function calibrate() of run.py; this package is what it is made of.
 
     moments.py, sums.py       count, mean and m2 per channel; how they merge; the loops under them
+    compiled.py               these loops, compiled where numba is installed
     averages.py, tree.py      averages of batch statistics that merge; the fixed tree that everything is merged in
     executors.py, pinned.py   one function over many blocks: processes, Dask, Ray; workers that keep their state
     clusters.py               Dask and Ray as both use them

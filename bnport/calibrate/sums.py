@@ -2,7 +2,8 @@
 
 How: an array of shape (..., C) is taken in pieces that stay in the processor's cache. Each piece is widened into one
 preallocated buffer, a shift near the mean is subtracted, and whole rows are added up. Narrow channels are as fast as
-wide ones because t = WIDTH // C rows are treated as one row of t*C columns ("tiles"), folded at the very end.
+wide ones because t = WIDTH // C rows are treated as one row of t*C columns ("tiles"), folded at the very end. Where numba
+is installed, much data get the same bits from compiled.py.
 
 Why numpy's add.reduce over the first axis and not a BLAS product with ones (10 % faster): it is one IEEE addition per
 element in a fixed order, so the bits do not depend on the number of threads, the BLAS library or the processor.
@@ -18,6 +19,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from bnport._lazy import np
+from bnport.calibrate import compiled
 from bnport.calibrate.executors import cores
 
 if TYPE_CHECKING:
@@ -79,9 +81,20 @@ def shifted_sums(array: Array, shift: Array) -> tuple[Array, Array]:
     columns = tiles * channels
     wide = np.tile(shift, tiles * max(1, LONG // columns))
     rows = max(1, PIECE // wide.size) * wide.size // columns
+    far, near, row = np.zeros((3, 2, columns))
+    fast, x = compiled.kernels(array.nbytes), compiled.flat(array, compiled.FLOATS)
+    if fast is not None and x is not None:
+        fast.shifted_rows(x, wide[:columns], rows * columns, FLUSH, far, near, row)
+    else:
+        _add_rows(array, wide, rows, far, near, row[0])
+    total, squares = far.reshape(2, tiles, channels).sum(axis=1)
+    return total, squares
+
+
+def _add_rows(array: Array, wide: Array, rows: int, far: Array, near: Array, row: Array) -> None:
+    """Add the sums of d = array - wide to far[0] and of d*d to far[1]; wide is the shift of whole rows of row.size."""
+    columns = row.size
     buffer = scratch(min(rows * columns, _filled(array.size, wide.size)), np.float64)
-    row = np.empty(columns)
-    near, far = np.zeros((2, 2, columns))  # [sum or squares]: since the last flush, and before it
     for index, piece in enumerate(pieces(array, rows * columns), 1):
         flat = buffer[: _filled(piece.size, wide.size)]
         np.copyto(flat[: piece.size].reshape(piece.shape), piece, casting="unsafe")
@@ -96,8 +109,6 @@ def shifted_sums(array: Array, shift: Array) -> tuple[Array, Array]:
             far += near
             near[:] = 0
     far += near
-    total, squares = far.reshape(2, tiles, channels).sum(axis=1)
-    return total, squares
 
 
 def _filled(size: int, row: int) -> int:
@@ -195,6 +206,12 @@ def integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
 
 def _integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
     channels = array.shape[-1]
+    fast, x = compiled.kernels(array.nbytes), compiled.flat(array, compiled.INTEGERS)
+    if fast is not None and x is not None and array.size * bound * bound < 1 << 63:
+        sums = np.zeros((2, _tiles(channels, WIDTH) * channels), np.int64)
+        fast.integer_rows(x, *sums, np.int64(0))
+        total, squares = sums.reshape(2, -1, channels).sum(axis=1).tolist()
+        return total, squares
     small = bound <= 255
     dtype, exact = (np.float32, 1 << 24) if small else (np.float64, 1 << 53)
     tiles = _tiles(channels, INTEGER_WIDTH if small else WIDTH)

@@ -1,7 +1,7 @@
 """Population statistics of a Keras ResNet: carrying the frontier forward against one prefix pass per layer.
 
     python tests/benchmarks/bench_calibrate.py [--model ResNet50] [--images 256] [--size 64] [--batch 64]
-                                               [--rounds 5] [--naive-layers 0] [--memory 8GB]
+                                               [--rounds 5] [--naive-layers 0] [--memory 8GB] [--without-numba]
 
 Printed: seconds of one eager forward pass, of the frontier, and of the plain way; their ratios; whether both gave the
 same bits. The plain way takes minutes: --naive-layers K times that many layers, spread evenly over the depth, and
@@ -45,13 +45,17 @@ def main() -> None:
     for name, default in (("images", 256), ("size", 64), ("batch", 64), ("rounds", 5), ("naive-layers", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--memory", default="8GB")
+    parser.add_argument("--without-numba", action="store_true")
     options = parser.parse_args()
 
     import keras
     import numpy as np
 
+    from bnport.calibrate import compiled
     from bnport.calibrate.run import calibrate
 
+    if compiled.use(not options.without_numba) == options.without_numba:
+        raise SystemExit("numba is not installed")
     keras.utils.set_random_seed(0)
     model = getattr(keras.applications, options.model)(weights=None, input_shape=(options.size, options.size, 3))
     images = np.random.default_rng(0).normal(size=(options.images, options.size, options.size, 3)).astype("float32")

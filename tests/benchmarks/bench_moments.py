@@ -18,7 +18,19 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import numpy as np
 
+from bnport.calibrate import compiled
 from bnport.calibrate.moments import merge_all, moments
+
+
+def with_numba(wanted, function):
+    """The function with the compiled loops, or without."""
+
+    def run(x):
+        if compiled.use(wanted) != wanted:
+            raise SystemExit("numba is not installed")
+        return function(x)
+
+    return run
 
 
 def methods():
@@ -26,7 +38,8 @@ def methods():
     import torch
 
     return {
-        "bnport moments (float64)": lambda x: moments(x),
+        "bnport moments, numba": with_numba(True, moments),
+        "bnport moments, numpy alone": with_numba(False, moments),
         "torch.var_mean float32": lambda x: torch.var_mean(torch.from_numpy(x), 0, correction=0),
         "torch.var_mean float64": lambda x: torch.var_mean(torch.from_numpy(x).double(), 0, correction=0),
         "tf.nn.moments float32": lambda x: [t.numpy() for t in tf.nn.moments(tf.constant(x), [0])],
@@ -39,16 +52,20 @@ def speed(megabytes, rounds, channels):
     for c in channels:
         x = np.random.default_rng(0).standard_normal((megabytes * 10**6 // 4 // c, c), dtype=np.float32)
         taken = {name: [] for name in methods()}
+        compiled.use(True)
         for _ in range(rounds):
             for name, method in methods().items():
                 started = time.perf_counter()
                 method(x)
                 taken[name].append(time.perf_counter() - started)
-        ours = statistics.median(taken["bnport moments (float64)"])
+        fast, plain = (statistics.median(taken[f"bnport moments, {how}"]) for how in ("numba", "numpy alone"))
         print(f"\nC = {c}, {x.nbytes / 1e6:.0f} MB")
         for name, seconds in taken.items():
             middle = statistics.median(seconds)
-            print(f"  {name:28} {x.nbytes / middle / 1e9:6.2f} GB/s   ours is {middle / ours:5.1f} times as fast")
+            print(
+                f"  {name:28} {x.nbytes / middle / 1e9:6.2f} GB/s   ours is {middle / fast:5.1f} times as fast,"
+                f" without numba {middle / plain:5.1f}"
+            )
 
 
 def errors():
@@ -60,7 +77,7 @@ def errors():
         line = []
         found = {"bnport": moments(x).variance()}
         found["bnport, 1287 blocks"] = merge_all(moments(x[k : k + 777]) for k in range(0, len(x), 777)).variance()
-        for name, method in list(methods().items())[1:]:
+        for name, method in list(methods().items())[2:]:
             result = method(x)
             torch_like = name.startswith("torch")
             found[name] = np.asarray(result[0] if torch_like else result[1])
