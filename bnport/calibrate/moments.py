@@ -290,7 +290,13 @@ def _sampled_mean(last: Array) -> Array:
     """The mean of up to 64 rows spread evenly over `last` (..., C), rounded so that float32 data minus it is exact."""
     rows = last.size // last.shape[-1]
     where = np.unique(np.linspace(0, rows - 1, min(rows, 64)).astype(np.int64))
-    sample = last[np.unravel_index(where, last.shape[:-1])].astype(np.float64) if last.ndim > 1 else last[None]
+    if last.ndim == 1:
+        sample = last[None]
+    elif last.flags.c_contiguous and where.size * last.shape[-1] <= sums.PIECE:
+        kept = sums.scratch(where.size * last.shape[-1], last.dtype).reshape(where.size, -1)  # as sums.py says
+        sample = np.take(last.reshape(rows, -1), where, axis=0, out=kept, mode="clip")
+    else:
+        sample = last[np.unravel_index(where, last.shape[:-1])]
     with np.errstate(over="ignore", invalid="ignore"):
         mean = sample.mean(axis=0, dtype=np.float64)
         if last.dtype.kind == "f" and last.dtype.itemsize < 8:

@@ -1,13 +1,16 @@
 """The same blocks in one process, on two workers, and with one of the two killed by SIGKILL on the way, engine by engine.
 
-    python tests/benchmarks/bench_scaleout.py [--engines local,dask,ray] [--blocks 60] [--rounds 5] [--work 0.12]
+    python tests/benchmarks/bench_scaleout.py [--engines local,dask,ray] [--blocks 60] [--rounds 5] [--work 0.12] [--rows 512]
 
-A block is `--work` seconds of moments() over made-up features, in one thread. Every run checks that the merged result has
-the bits of the serial run; each engine once with one worker too. "bare" is what two cores give without any engine: two
-processes that do every second block each and send back nothing, their start counted. Dask and Ray run on clusters of two
-processes of their own, started once and not counted; "local" starts its processes in every run, and that is counted. In
-between, what a kill left behind is waited for. Then what the engine itself costs per block (empty blocks), and the bytes of
-a block's result. Times are medians over the rounds, ratios are medians of each round's ratio. Nothing is asserted on time.
+A block is `--work` seconds of moments() over `--rows` x 256 made-up features, in one thread: half a megabyte, which a
+core's own cache holds. With more (8192) the cores wait for the memory that they share, with or without an engine. Every
+run checks that the merged result has the bits of the serial run; each engine once with one worker too. "bare" is what
+two cores give without any engine: two processes that do every second block each and send back nothing, their start
+counted. Dask and Ray run on clusters of two processes of their own, started once and not counted; "local" starts its
+processes in every run, and that is counted. One engine after the other, as a cluster that has nothing to do takes time
+too; each with rounds of its own. In between, what a kill left behind is waited for. Then what the engine itself costs
+per block (empty blocks), and the bytes of a block's result. Times are medians over the rounds, ratios are medians of
+each round's ratio. Nothing is asserted on time.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ os.environ.update(
 
 import numpy as np  # noqa: E402
 
+from bnport.calibrate import compiled  # noqa: E402
 from bnport.calibrate.executors import cores, map_blocks  # noqa: E402
 from bnport.calibrate.moments import merge_all, moments  # noqa: E402
 
@@ -45,8 +49,10 @@ def work(block):
             pass
         else:
             os.kill(os.getpid(), signal.SIGKILL)
+    compiled.use(False)  # every process would come to the compiled loops at another block
     if not _features:
-        _features.append(np.random.default_rng(0).standard_normal((8192, 256), dtype=np.float32))
+        rows = int(os.environ["BENCH_ROWS"])
+        _features.append(np.random.default_rng(0).standard_normal((rows, 256), dtype=np.float32))
         _features.append(np.empty_like(_features[0]))
     np.add(_features[0], np.float32(seed % 7), out=_features[1])
     return merge_all(moments(_features[1]) for _ in range(repeat))
@@ -121,20 +127,19 @@ def bare(functions, blocks, workers=2):
     return time.perf_counter() - started
 
 
-def one_round(clusters, functions, plain, expected, repeat, taken):
+def one_round(cluster, functions, plain, expected, repeat, taken):
     """Everything once; seconds into `taken`."""
     started = time.perf_counter()
     merge_all(map(functions.work, plain))
-    taken.setdefault(("serial", "two"), []).append(time.perf_counter() - started)
-    taken.setdefault(("bare", "two"), []).append(bare(functions, plain))
-    for engine, cluster in clusters.items():
-        taken.setdefault((engine, "two"), []).append(cluster.time(plain, expected, "2 workers"))
-        with tempfile.TemporaryDirectory() as folder:
-            canary = os.path.join(folder, "died")
-            killed = [(k, repeat, canary if k == len(plain) // 2 else None) for k in range(len(plain))]
-            taken.setdefault((engine, "killed"), []).append(cluster.time(killed, expected, "one killed"))
-            if not os.path.exists(canary):
-                raise SystemExit(f"{engine}: nobody was killed")
+    taken["serial"].append(time.perf_counter() - started)
+    taken["bare"].append(bare(functions, plain))
+    taken["two"].append(cluster.time(plain, expected, "2 workers"))
+    with tempfile.TemporaryDirectory() as folder:
+        canary = os.path.join(folder, "died")
+        killed = [(k, repeat, canary if k == len(plain) // 2 else None) for k in range(len(plain))]
+        taken["killed"].append(cluster.time(killed, expected, "one killed"))
+        if not os.path.exists(canary):
+            raise SystemExit(f"{cluster.engine}: nobody was killed")
 
 
 def ratio(above, below):
@@ -148,7 +153,9 @@ def main():
     parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=float, default=0.12)
+    parser.add_argument("--rows", type=int, default=512)
     options = parser.parse_args()
+    os.environ["BENCH_ROWS"] = str(options.rows)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import bench_scaleout as functions  # by its name: of __main__, engines would send the features along with every block
 
@@ -163,29 +170,23 @@ def main():
     serial = time.perf_counter() - started
     print(f"{options.blocks} blocks of {serial / options.blocks:.3f} s; serial {serial:.2f} s; {cores()} cores")
     print(f"load {os.getloadavg()[0]:.1f}; a result of 256 channels is {len(expected.to_bytes())} bytes", flush=True)
-    engines = options.engines.split(",")
-    for engine in engines:
-        cluster = Cluster(engine, 1, functions)
-        seconds = cluster.time(plain, expected, "1 worker")
-        cluster.close()
-        print(f"{engine}, 1 worker: {seconds:.2f} s, the bits of the serial run", flush=True)
-    taken = {}
-    clusters = {engine: Cluster(engine, 2, functions) for engine in engines}
-    for number in range(options.rounds):
-        one_round(clusters, functions, plain, expected, repeat, taken)
-        print(f"round {number + 1}: all bits as in the serial run", flush=True)
-    heads = ("2 workers", "to serial", "to bare", "1 of 2 killed", "to undisturbed", "ms per block")
-    print("        ", *(f"{head:>15}" for head in heads))
-    alone, limit = taken["serial", "two"], taken["bare", "two"]
-    print(f"{'serial':8} {statistics.median(alone):>13.2f} s")
-    print(f"{'bare':8} {statistics.median(limit):>13.2f} s {ratio(alone, limit):>14.2f}x")
-    for engine, cluster in clusters.items():
-        two, killed = taken[engine, "two"], taken[engine, "killed"]
-        cells = (f"{statistics.median(two):.2f} s", f"{ratio(alone, two):.2f}x", f"{ratio(limit, two):.2f}x",
-                 f"{statistics.median(killed):.2f} s", f"{ratio(killed, two):.2f}x",
+    heads = ("serial", "bare", "2 workers", "1 of 2 killed", "to undisturbed", "ms per block")
+    print("        ", *(f"{head:>15}" for head in heads), flush=True)
+    for engine in options.engines.split(","):
+        single = Cluster(engine, 1, functions)
+        single.time(plain, expected, "1 worker")
+        single.close()
+        cluster = Cluster(engine, 2, functions)
+        taken = {what: [] for what in ("serial", "bare", "two", "killed")}
+        for _ in range(options.rounds):
+            one_round(cluster, functions, plain, expected, repeat, taken)
+        alone, two = taken["serial"], taken["two"]
+        cells = (f"{statistics.median(alone):.2f} s", f"{ratio(alone, taken['bare']):.2f}x", f"{ratio(alone, two):.2f}x",
+                 f"{statistics.median(taken['killed']):.2f} s", f"{ratio(taken['killed'], two):.2f}x",
                  f"{1e3 * cluster.overhead():.2f}")  # fmt: skip
-        print(f"{engine:8}", *(f"{cell:>15}" for cell in cells))
+        print(f"{engine:8}", *(f"{cell:>15}" for cell in cells), flush=True)
         cluster.close()
+    print("all bits as in the serial run: one worker, two, one of two killed")
 
 
 if __name__ == "__main__":
