@@ -18,6 +18,8 @@ from bnport.errors import OutputError
 from tests.adapters.contract import assert_same_bits
 from tests.dying_child import NEW, WRITING, killed, write
 
+pytestmark = pytest.mark.core
+
 
 def target(folder, kind):
     """A small Keras file, by h5py and zipfile."""

@@ -6,6 +6,8 @@ import pytest
 
 from bnport.errors import first_line
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(
     ("said", "line"),

@@ -14,6 +14,8 @@ from bnport.html import fragment, page, write_page
 from bnport.verify import Check, LayerReport, Report, compare, with_checks
 from tests.making import layers_of, telling
 
+pytestmark = pytest.mark.core
+
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 

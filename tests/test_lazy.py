@@ -9,6 +9,8 @@ import pytest
 
 from bnport._lazy import NamedTuple
 
+pytestmark = pytest.mark.core
+
 
 class Ours(NamedTuple):
     """Two fields."""

@@ -18,6 +18,8 @@ from bnport.verify import BOUNDED, compare
 
 from .making import layers_of, telling
 
+pytestmark = pytest.mark.core
+
 CATEGORIES = {"b": 0, "i": 1, "u": 1, "f": 2}
 
 

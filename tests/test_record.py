@@ -16,6 +16,8 @@ from bnport.errors import InvalidValue, Unrepresentable
 from bnport.record import FIELDS, BatchNorm
 from bnport.rounding import meant_epsilon, round_to, stored
 
+pytestmark = pytest.mark.core
+
 getcontext().prec = 60
 U64 = Decimal(2) ** -53
 U32 = Decimal(2) ** -24

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 WIDTH = 768  # columns of a tiled float64 row: 6 kB, so that the running sums stay in the first-level cache
 LONG = 6144  # elements of the tiled shift: subtracting it in such long rows takes half the time of rows of WIDTH
 PIECE = 65536  # float64 elements of a piece: 512 kB, within a second-level cache
+CHUNK = 8192  # elements of a row added up in one go: of more, numpy's order depends on its version
 INTEGER_WIDTH = 3072  # columns of a tiled float32 row: 12 kB; with half as many, everything takes a tenth longer
 FLUSH = 128  # pieces, or parts, added up before they join the total: the error grows with FLUSH + n / FLUSH
 SPLIT = 1 << 21  # elements of a part that one thread takes; fixed, so that the number of threads changes no bit
@@ -130,14 +131,26 @@ def shifted_plane_sums(array: Array, shift: Array) -> tuple[Array, Array]:
                 block = buffer[: part.size].reshape(part.shape)
                 np.copyto(block, part, casting="unsafe")
                 block -= shift[first : first + group, None]
-                near[0, first : first + group] += np.add.reduce(block, axis=1)
+                near[0, first : first + group] += _row_sums(block)
                 np.multiply(block, block, out=block)
-                near[1, first : first + group] += np.add.reduce(block, axis=1)
+                near[1, first : first + group] += _row_sums(block)
         if index % FLUSH == 0:
             far += near
             near[:] = 0
     far += near
     return far[0], far[1]
+
+
+def _row_sums(block: Array) -> Array:
+    """The sum of each row of a contiguous (rows, width), CHUNK elements at a time."""
+    rows, width = block.shape
+    if width <= CHUNK:
+        return np.add.reduce(block, axis=1)  # type: ignore[no-any-return]
+    whole = width - width % CHUNK
+    total: Array = np.add.reduce(np.add.reduce(block[:, :whole].reshape(rows, -1, CHUNK), axis=2), axis=1)
+    if whole < width:
+        total += np.add.reduce(block[:, whole:], axis=1)
+    return total
 
 
 def in_parts(

@@ -14,6 +14,8 @@ import bnport
 from bnport.errors import BnportError
 from tests.hostile import outcome
 
+pytestmark = pytest.mark.core
+
 BN = {"name": "bn", "axis": -1, "momentum": 0.99, "epsilon": 0.001, "center": True, "scale": True}
 
 

@@ -15,6 +15,8 @@ from bnport.calibrate import arrays
 from bnport.calibrate.data import read
 from bnport.errors import BnportError, OutputError
 
+pytestmark = pytest.mark.core
+
 X = np.asfortranarray(np.round(np.random.default_rng(0).normal(size=(70, 4, 5, 3)), 1).astype("f4"))
 SAVES = [np.savez, np.savez_compressed]
 

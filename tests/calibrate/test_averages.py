@@ -18,6 +18,8 @@ from bnport.calibrate.moments import Moments
 from bnport.calibrate.onepass import Averaged, Moving, Pooled
 from bnport.errors import FormatError, InvalidValue
 
+pytestmark = pytest.mark.core
+
 U = 2.0**-53
 KINDS = {"precise": Pooled, "average": Averaged, "moving": Moving}
 

@@ -18,6 +18,8 @@ from bnport.calibrate import sums
 from bnport.calibrate.moments import ExactMoments, Moments, Tree, exact_moments, merge, merge_all, moments
 from bnport.errors import FormatError, InvalidValue
 
+pytestmark = pytest.mark.core
+
 U = 2.0**-53
 
 
@@ -224,6 +226,23 @@ def test_channels_first_and_channels_last_are_the_same_numbers(shape, dtype):
         assert (abs(found.variance() / true_variance - 1) <= 1e-12).all()
     everywhere = moments(x, axis=0)
     assert everywhere.channels == shape[0]
+
+
+@pytest.mark.parametrize("inner", [8192, 8193, 40_001, 65_536, 150_000])
+def test_long_planes_are_added_up_in_runs_that_every_numpy_takes_in_the_same_order(inner):
+    """Up to numpy 1.23 a sum along an axis is cut into runs of 8192, from 1.24 on it is not; of no more both give the same."""
+    x = np.random.default_rng(inner).standard_normal((3, 2, inner))
+    total, squares = sums.shifted_plane_sums(x, np.zeros(2))
+    for channel in range(2):
+        for found, values in ((total, x[:, channel]), (squares, x[:, channel] ** 2)):
+            expected = 0.0
+            for plane in values:
+                for start in range(0, inner, 65_536):
+                    part = plane[start : start + 65_536]
+                    runs = [np.add.reduce(part[k : k + 8192]) for k in range(0, len(part), 8192)]
+                    short = runs.pop() if len(part) % 8192 and len(runs) > 1 else 0.0
+                    expected += np.add.reduce(np.array(runs)) + short
+            assert found[channel] == expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -14,6 +14,8 @@ from bnport.containers.files import ReadFile
 from bnport.containers.hdf5 import H5, natural
 from bnport.errors import BnportError, FormatError
 
+pytestmark = pytest.mark.core
+
 
 def made(path, build, **options):
     with h5py.File(path, "w", **options) as file:

@@ -16,6 +16,8 @@ from bnport.containers.patch import Patch, copy_patched, crc_patches, joined, re
 from bnport.containers.zip import Archive
 from bnport.errors import FormatError
 
+pytestmark = pytest.mark.core
+
 
 @given(st.binary(min_size=1, max_size=300), st.data())
 def test_the_updated_crc_is_zlibs_crc_of_the_changed_text(text, data):

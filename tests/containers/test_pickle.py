@@ -22,6 +22,8 @@ from bnport.containers.pickle import Global, Node, Opaque, Persistent, load
 from bnport.containers.pickle_opcodes import TABLE
 from bnport.errors import BnportError, FormatError
 
+pytestmark = pytest.mark.core
+
 
 def read(data, **more):
     value, end = load(data, "x.pt", **more)

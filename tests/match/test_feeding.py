@@ -7,6 +7,8 @@ import pytest
 from bnport.adapters.torch.layers import Definition, feeding
 from bnport.layer import Kernel
 
+pytestmark = pytest.mark.core
+
 
 def kernel(name, *shape):
     return Definition(name, shape[0], Kernel("conv", shape, name))

@@ -16,6 +16,8 @@ from bnport.match.compress import compress
 from bnport.match.patterns import expand
 from tests.match.making import chain, layer, layers
 
+pytestmark = pytest.mark.core
+
 DIGITS = pathlib.Path(__file__).parents[2] / "fixtures" / "digits"
 
 

@@ -9,6 +9,8 @@ from bnport.errors import InvalidValue, MatchError
 from bnport.match import match
 from tests.match.making import chain, layer, layers
 
+pytestmark = pytest.mark.core
+
 
 def test_equal_names_pair_whatever_their_order():
     found = match(layers(layer("a"), layer("b")), layers(layer("b"), layer("a")))
