@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnport import adapters
-from tests.adapters.test_caffe_layers import assert_divided_within_bound
+from tests.adapters.caffe_nets import assert_divided_within_bound
 
 FOLDER = os.path.join(os.path.dirname(__file__), "..", "..", "fixtures", "caffe")
 caffe = adapters.load("caffe")
