@@ -135,8 +135,10 @@ def use(wanted: bool) -> bool:
 @functools.cache
 def _compiled() -> Kernels | None:
     try:
-        from numba import njit
+        from numba import config, njit
     except (ImportError, OSError):  # not installed, or not for this numpy
+        return None
+    if config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: the loops would run as Python
         return None
     made = Kernels(njit(nogil=True)(shifted_rows), njit(nogil=True)(integer_rows))
     made.shifted_rows(flat(np.zeros(1, np.float32), FLOATS), np.zeros(1), 1, 1, *np.zeros((3, 2, 1)))
