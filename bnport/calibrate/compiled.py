@@ -100,10 +100,9 @@ def flat(array: Array, kinds: str) -> Array | None:
     flags, dtype = array.flags, array.dtype
     if not (flags.c_contiguous and flags.aligned and dtype.isnative and dtype.char in kinds):
         return None
-    view: Array = array.reshape(-1).view(
-        np.ndarray
-    )  # to numba, a memory map would be another type, for which to compile,
-    view.flags.writeable = False  # and so would an array that may be written to
+    # a memory map would be another type to numba, and an array that may be written to, each to be compiled for anew
+    view: Array = array.reshape(-1).view(np.ndarray)
+    view.flags.writeable = False
     return view
 
 
