@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import bnport
+from bnport.errors import InvalidValue
 
 
 @pytest.mark.parametrize("name", bnport.__all__)
@@ -27,3 +29,20 @@ def test_the_list_of_public_names_is_the_list_of_homes():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'port'"):
         bnport.port  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("bnport.calibrate('model.keras', [])", "calibrate_file"),
+        ("bnport.image_statistics(np.zeros((1, 2, 2, 3)))", "moments"),
+    ],
+)
+def test_the_import_that_a_refusal_names_works(call, name):
+    """As it stands: `bnport.calibrate` is a function, so that no module can be reached through it."""
+    with pytest.raises(InvalidValue) as raised:
+        eval(call, {"bnport": bnport, "np": np})
+    line = str(raised.value).split("'")[-2]
+    spaces = {}
+    exec(line, spaces)
+    assert callable(spaces[name])

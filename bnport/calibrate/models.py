@@ -265,7 +265,7 @@ def _keras_of(model: Any) -> Any:
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     raise InvalidValue(
         f"expected a live Keras model, got a {printable(kind)}; for a file: the command bnport calibrate, or"
-        " bnport.calibrate.file.calibrate_file()"
+        " 'from bnport.calibrate.file import calibrate_file'"
     )
 
 

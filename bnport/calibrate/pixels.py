@@ -45,8 +45,8 @@ def of_rows(source: Any, axis: int | None, scale: Fraction | None, name: str) ->
     shape, dtype = tuple(rows.shape), np.dtype(rows.dtype)
     if dtype.kind not in "iub":
         raise InvalidValue(
-            f"{name}: expected pixels as integers (uint8), got {dtype}; for floats there is"
-            " bnport.calibrate.moments.moments()"
+            f"{name}: expected pixels as integers (uint8), got {dtype}; for floats:"
+            " 'from bnport.calibrate.moments import moments'"
         )
     if axis is None:
         if len(shape) != 4 or not 1 <= shape[-1] <= 4:
