@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -104,57 +102,6 @@ def test_show_warns_of_untrained_dead_nan_and_tiny(tmp_path, capsys):
     assert main(["show", records, "--json"]) == 0
     (layer,) = json.loads(capsys.readouterr().out)["layers"]
     assert " ".join(layer["warnings"]).count("untrained") == 1
-
-
-def on_screen(written):
-    """The lines that a terminal shows after \\r, erase-to-end-of-line and \\n."""
-    assert not set(re.findall(r"\x1b\[?.", written)) - {"\x1b[K"}
-    return [line.rpartition("\r\x1b[K")[2] for line in written.split("\n")]
-
-
-@pytest.mark.parametrize("total", [0, 7])
-def test_the_progress_line_is_gone_when_the_work_ends_whether_its_length_was_known_or_not(total, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with common.Progress() as progress:
-        progress(3, total, "images")
-        shown = capsys.readouterr().err
-        assert "3/7 images" in on_screen(shown)[0] if total else "3 done, images" in on_screen(shown)[0]
-    shown += capsys.readouterr().err
-    assert on_screen(shown) == [""]
-
-
-def test_no_terminal_or_json_is_shown_no_progress(monkeypatch, capsys):
-    with common.Progress() as progress:
-        assert progress is None
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with common.Progress(quiet=True) as progress:
-        assert progress is None
-    assert capsys.readouterr() == ("", "")
-
-
-def test_on_a_terminal_an_error_is_not_written_into_the_progress_line():
-    import pty
-
-    script = (
-        "import sys, bnport.calibrate.images, bnport.cli, bnport.errors as e\n"
-        "def statistics(*args, progress, **options):\n"
-        "    progress(3, 0, 'images')\n"
-        "    raise e.FormatError('broken')\n"
-        "sys.modules['bnport.calibrate.images'].image_statistics = statistics\n"
-        "sys.exit(bnport.cli.main(['stats', 'folder']))\n"
-    )
-    ours, theirs = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", script], stdout=theirs, stderr=theirs) as run:
-        os.close(theirs)
-        written = b""
-        with contextlib.suppress(OSError):  # EIO: the child has closed its side
-            while data := os.read(ours, 1 << 16):
-                written += data
-    os.close(ours)
-    text = written.decode().replace("\r\n", "\n")
-    assert run.returncode == 2, text
-    assert "3 done, images" in text
-    assert on_screen(text) == ["bnport: broken", ""]
 
 
 @pytest.mark.parametrize(

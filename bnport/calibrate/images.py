@@ -117,7 +117,8 @@ def image_statistics(
     damaged:  "refuse", or "skip" files that cannot be decoded and name them in `notes`.
     axis:     the channel axis of an array, or of each image; default the last, if its length is 1 to 4.
     key:      the array of an `.npz` that holds several.
-    engine, workers, progress: as in executors.map_blocks, for image files.
+    engine, workers: as in executors.map_blocks, for image files.
+    progress: called as progress(images done, of how many or 0, "images").
 
     Raises InvalidValue (no images, not integers, image too large, 16-bit colours, which Pillow would cut to 8, a setting that
     does not apply to such a source), FormatError (a file that cannot be decoded, named), NotFound, Question (an array whose
@@ -147,12 +148,12 @@ def image_statistics(
 
             one = "key" if path.lower().endswith(".npy") else ""
             _refuse(of_files | {one: of_arrays.get(one, False)}, printable(path), "an array in a file")
-            return _of_array(pixels.of_rows(rows_of_file(path, key), axis, factor, printable(path)))
+            return _of_array(pixels.of_rows(rows_of_file(path, key), axis, factor, printable(path), progress))
         _refuse(of_arrays, printable(path), "image files")
         paths, notes = decoding.find_images(path, recursive)
     elif hasattr(source, "dtype") and hasattr(source, "shape"):
         _refuse(of_files | {"key": key is not None}, "the array", "an array in memory")
-        return _of_array(pixels.of_rows(source, axis, factor, "the array"))
+        return _of_array(pixels.of_rows(source, axis, factor, "the array", progress))
     elif isinstance(source, list | tuple) and source and isinstance(source[0], str | os.PathLike):
         _refuse(of_arrays, "the list of paths", "image files")
         if not all(isinstance(path, str | os.PathLike) for path in source):
@@ -160,7 +161,7 @@ def image_statistics(
         paths, notes = [os.fspath(path) for path in source], []
     elif hasattr(source, "__iter__"):
         _refuse(of_files | {"key": key is not None}, "the iterable", "images (height, width, channels) one by one")
-        return _of_array(pixels.of_arrays(source, axis, factor))
+        return _of_array(pixels.of_arrays(source, axis, factor, progress))
     else:
         raise InvalidValue(f"a {printable(type(source).__name__)} is not images: expected a folder, paths or arrays")
     if resample is not None and target is None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
+    from bnport.calibrate.executors import Progress
     from bnport.record import Array
 
 SCALES = {"bool": Fraction(1), "uint8": Fraction(1, 255), "uint16": Fraction(1, 65535)}
@@ -39,7 +40,9 @@ class Pixels(NamedTuple):
     scale: Fraction
 
 
-def of_rows(source: Any, axis: int | None, scale: Fraction | None, name: str) -> Pixels:
+def of_rows(
+    source: Any, axis: int | None, scale: Fraction | None, name: str, progress: Progress | None = None
+) -> Pixels:
     """Sums of one array (N, H, W, C), or of any shape with `axis`: numpy's, a tensor, or rows that are read as needed."""
     rows = _rows(source, name)
     shape, dtype = tuple(rows.shape), np.dtype(rows.dtype)
@@ -65,10 +68,14 @@ def of_rows(source: Any, axis: int | None, scale: Fraction | None, name: str) ->
     total = ExactMoments(0, [0] * shape[axis], [0] * shape[axis])
     for start in range(0, shape[0], step):
         total = total.merge(exact_moments(np.asarray(rows[start : start + step]), axis))
+        if progress:
+            progress(min(start + step, shape[0]), shape[0], "images")
     return Pixels(shape[0] if axis else 1, total, dtype.name, factor)
 
 
-def of_arrays(arrays: Iterable[Any], axis: int | None, scale: Fraction | None) -> Pixels:
+def of_arrays(
+    arrays: Iterable[Any], axis: int | None, scale: Fraction | None, progress: Progress | None = None
+) -> Pixels:
     """Sums of images (H, W, C), one array or tensor each, or with the channels on another `axis` of the three.
 
     Without a `scale` all must be of dtypes that share one.
@@ -89,6 +96,8 @@ def of_arrays(arrays: Iterable[Any], axis: int | None, scale: Fraction | None) -
         if not array.size:
             raise InvalidValue(f"{name}: shape {array.shape} holds no pixels")
         exact = exact_moments(array, -1 if axis is None else axis)
+        if progress:
+            progress(number + 1, 0, "images")
         if found is None:
             found = Pixels(1, exact, dtype, factor)
             continue

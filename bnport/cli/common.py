@@ -152,12 +152,20 @@ class Progress:
         self._quiet = quiet
         # when the work began, and what was done by then (of a resumed run)
         self._first: tuple[float, int] | None = None
-        self._last, self._shown, self._text = 0, 0.0, ""
+        self._last, self._what, self._shown, self._text = 0, "", 0.0, ""
 
     def __enter__(self) -> Callable[[int, int, str], None] | None:
-        return None if self._quiet or not sys.stderr.isatty() else self._show
+        from bnport.containers import files
+
+        if self._quiet or not sys.stderr.isatty():
+            return None
+        files.watch(self._show)
+        return self._show
 
     def __exit__(self, *_: object) -> None:
+        from bnport.containers import files
+
+        files.watch(None)
         if self._text:
             self._put("")
 
@@ -165,9 +173,11 @@ class Progress:
         import time
 
         now = time.monotonic()
-        if self._first is None or done < self._last:  # the start, or the start of another piece of work
+        if (
+            self._first is None or done < self._last or (what.startswith("MB") and what != self._what)
+        ):  # another work begins
             self._first = now, done
-        self._last = done
+        self._last, self._what = done, what
         if now - self._shown < 0.1 and (done < total or not total):
             return
         self._shown = now

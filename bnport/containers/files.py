@@ -72,18 +72,46 @@ class ReadFile:
             pass
 
 
+LARGE = 256 << 20  # bytes of a file from which on somebody may want to know how far copying or hashing it is
+_watcher: Callable[[int, int, str], None] | None = None
+
+
+def watch(show: Callable[[int, int, str], None] | None) -> None:
+    """From now on call show(done, total, what) while large files are copied, hashed and flushed; None: nobody looks."""
+    global _watcher
+    _watcher = show
+
+
+def tell(done: int, size: int, what: str) -> None:
+    """Say that so many bytes of `size` are done, if anybody watches and it is worth it."""
+    if _watcher is not None and size >= LARGE:
+        _watcher(done >> 20, size >> 20, f"MB {what}")
+
+
 def sha256(path: str) -> str:
     """The hex digest of a file's bytes, read in blocks."""
-    return _hashed(path, lambda: True)
+
+    def go_on(done: int, size: int) -> bool:
+        tell(done, size, _hashing(path))
+        return True
+
+    return _hashed(path, go_on)
 
 
-def _hashed(path: str, wanted: Callable[[], object]) -> str:
+def _hashing(path: str) -> str:
+    return f"of {printable(os.path.basename(path), 40)} hashed"
+
+
+def _hashed(path: str, go_on: Callable[[int, int], object]) -> str:
     import hashlib
 
     digest, block = hashlib.sha256(), bytearray(1 << 21)  # large: between blocks the thread waits for its turn
+    done = 0
     with open(path, "rb", buffering=0) as file:
-        while wanted() and (count := file.readinto(block)):
+        size = os.fstat(file.fileno()).st_size
+        while go_on(done, size) and (count := file.readinto(block)):
             digest.update(memoryview(block)[:count])
+            done += count
     return digest.hexdigest()
 
 
@@ -97,13 +125,17 @@ class Digest:
         import threading
         import weakref
 
+        self.path = path
+        self.at = 0, 0  # bytes done, and of how many
         self._outcome: list[str | Exception] = []
-        wanted = weakref.ref(self)
-        self._thread = threading.Thread(target=_compute, args=(path, wanted, self._outcome), daemon=True)
+        self._thread = threading.Thread(target=_compute, args=(path, weakref.ref(self), self._outcome), daemon=True)
         self._thread.start()
 
     def result(self) -> str:
         """The hex digest; waits for it. Raises what reading the file raised."""
+        while self._thread.is_alive() and _watcher is not None:
+            tell(*self.at, _hashing(self.path))
+            self._thread.join(0.1)
         self._thread.join()
         outcome = self._outcome[0]
         if isinstance(outcome, Exception):
@@ -111,9 +143,15 @@ class Digest:
         return outcome
 
 
-def _compute(path: str, wanted: Callable[[], object], outcome: list[str | Exception]) -> None:
+def _compute(path: str, owner: Callable[[], Digest | None], outcome: list[str | Exception]) -> None:
+    def go_on(done: int, size: int) -> bool:
+        digest = owner()
+        if digest is not None:
+            digest.at = done, size
+        return digest is not None
+
     try:
-        outcome.append(_hashed(path, wanted))
+        outcome.append(_hashed(path, go_on))
     except Exception as error:  # raised where somebody waits for the result
         outcome.append(error)
 
@@ -128,12 +166,13 @@ def copy_range(source: ReadFile, out_descriptor: int, start: int, end: int) -> N
     """Append the bytes [start, end) of a file to an open one, in the kernel (copy_file_range) where that works."""
     while start < end:
         try:
-            count = os.copy_file_range(source.fileno(), out_descriptor, end - start, start)
+            count = os.copy_file_range(source.fileno(), out_descriptor, min(end - start, LARGE // 2), start)
         except (AttributeError, OSError):  # not on this system, or across file systems
             count = os.write(out_descriptor, source.pread(start, min(1 << 20, end - start)))
         if not count:
             raise FormatError(f"{printable(source.path)}: shrank while it was copied")
         start += count
+        tell(start, source.size, "copied")
 
 
 def append(out_descriptor: int, data: bytes | memoryview) -> None:
@@ -209,7 +248,10 @@ def replace_file(
     temporary = _create_beside(folder, name, mode)
     try:
         build(temporary)
+        size = os.stat(temporary).st_size
+        tell(0, size, "written to disk")
         flush(temporary)
+        tell(size, size, "written to disk")
         if check is not None:
             check(temporary)
         check_output(out, force=force, inputs=inputs)  # nobody may have put something there meanwhile

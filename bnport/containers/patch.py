@@ -10,7 +10,7 @@ import os
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from bnport.containers.files import ReadFile, append, copy_contents, copy_range
+from bnport.containers.files import ReadFile, append, copy_contents, copy_range, tell
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _POLYNOMIAL = 0xEDB88320  # CRC-32 of zip, bits reversed
 _DESCRIPTOR = 1 << 3  # sizes and CRC follow the data
 _MAX32 = 0xFFFFFFFF
+_PART = 16 << 20  # bytes compressed in one go
 
 
 class _Header(NamedTuple):
@@ -180,8 +181,7 @@ def replace_members(archive: Archive, out: str, contents: dict[str, bytes], patc
         member = archive.member(name)
         data = plain
         if member.method == 8:
-            packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-            data = packer.compress(plain) + packer.flush()
+            data = _deflated(plain)
         new = renewed[name] = _Sums(zlib.crc32(plain), len(data), len(plain))
         start, end = member.data_offset, member.data_offset + member.compressed
         header = bytearray(file.pread(member.header_offset, start - member.header_offset, "local header"))
@@ -206,6 +206,15 @@ def replace_members(archive: Archive, out: str, contents: dict[str, bytes], patc
             write_at(descriptor, patch.offset, patch.data)
     finally:
         os.close(descriptor)
+
+
+def _deflated(plain: bytes) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    parts = []
+    for start in range(0, len(plain), _PART):
+        parts.append(packer.compress(memoryview(plain)[start : start + _PART]))
+        tell(start, len(plain), "compressed")
+    return b"".join([*parts, packer.flush()])
 
 
 def _moved(offset: int, edits: list[tuple[int, int, bytes]]) -> int:
