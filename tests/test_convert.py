@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -50,14 +50,14 @@ def test_a_live_torch_module_is_written_and_run():
 def test_a_live_target_whose_check_fails_is_put_back_bit_for_bit(monkeypatch, failure):
     source, target = network(1), network(2, eps=1e-3)
     before, epsilons = numbers(target), [norm.eps for norm in target[1:]]
-    real = sys.modules[OUTCOME].check_bits
+    real = import_module(OUTCOME).check_bits
 
     def failing(*arguments):
         if failure == "raises":
             raise MatchError("made to fail")
         return {n: (check._replace(ratio=2.0), notes) for n, (check, notes) in real(*arguments).items()}
 
-    monkeypatch.setattr(sys.modules[OUTCOME], "check_bits", failing)
+    monkeypatch.setattr(import_module(OUTCOME), "check_bits", failing)
     if failure == "raises":
         with pytest.raises(MatchError, match="made to fail"):
             bnport.convert(source, target)
@@ -87,9 +87,9 @@ def test_the_epsilon_of_a_live_state_dict_is_the_one_that_was_given():
 
 
 def test_an_output_that_fails_its_check_never_takes_its_name(monkeypatch, tmp_path, capsys):
-    real = sys.modules[OUTCOME].check_bits
+    real = import_module(OUTCOME).check_bits
     monkeypatch.setattr(
-        sys.modules[OUTCOME],
+        import_module(OUTCOME),
         "check_bits",
         lambda *a: {n: (check._replace(ratio=2.0), notes) for n, (check, notes) in real(*a).items()},
     )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_an_interrupted_population_run_goes_on_with_the_rounds_that_are_left(tmp
 @pytest.mark.parametrize("repeatable", [True, False])
 @pytest.mark.parametrize("method", ["precise", "average", "moving"])
 def test_an_interrupted_pass_goes_on_after_the_last_batch_it_saved(tmp_path, monkeypatch, method, repeatable):
-    monkeypatch.setattr(sys.modules["bnport.calibrate.run"], "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(import_module("bnport.calibrate.run"), "SAVE_EVERY", 0.0)
     model, path, drawn = nets.branches(), str(tmp_path / "run.npz"), []
 
     def source():
