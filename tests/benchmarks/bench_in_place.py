@@ -72,7 +72,7 @@ def measured(code: str) -> tuple[float, float, float, float]:
 
 
 def compare(title: str, paths: dict[str, str], rounds: int) -> None:
-    copy = ["convert", paths["pth"], paths["keras"], "-o", paths["out"], "--force"]
+    copy = ["convert", paths["pth"], paths["keras"], "-o", paths["out"]]
     place = COMMAND.format(arguments=["convert", paths["pth"], paths["place"], "--in-place"])
     measured(OTHER.format(**paths))
     targets = {"bnport --in-place, fresh": paths["keras"], "bnport --in-place, other values": paths["other"]}
@@ -84,6 +84,8 @@ def compare(title: str, paths: dict[str, str], rounds: int) -> None:
     runs: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in ways}
     for turn in range(rounds + 1):
         for way, code in ways.items():
+            if os.path.exists(paths["out"]):
+                os.unlink(paths["out"])  # everybody makes a new file: freeing an old one of 1 GB takes 0.2 s
             if way in targets:
                 shutil.copyfile(targets[way], paths["place"])
                 os.sync()  # what is still to be written of the copy is not the change's
