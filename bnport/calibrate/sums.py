@@ -45,11 +45,11 @@ _kept = threading.local()
 
 def scratch(elements: int, dtype: Any) -> Array:
     """A flat buffer of this thread with at least `elements` of `dtype`; its contents are whatever was there."""
-    buffers: dict[str, Array] = _kept.__dict__.setdefault("buffers", {})
-    name = np.dtype(dtype).name
-    buffer = buffers.get(name)
+    buffers: dict[Any, Array] = _kept.__dict__.setdefault("buffers", {})
+    kind = np.dtype(dtype)  # with its byte order
+    buffer = buffers.get(kind)
     if buffer is None or buffer.size < elements:
-        buffer = buffers[name] = np.empty(elements, dtype)
+        buffer = buffers[kind] = np.empty(elements, kind)
     return buffer[:elements]
 
 

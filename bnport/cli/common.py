@@ -173,9 +173,8 @@ class Progress:
         import time
 
         now = time.monotonic()
-        if (
-            self._first is None or done < self._last or (what.startswith("MB") and what != self._what)
-        ):  # another work begins
+        another = done < self._last or (what.startswith("MB") and what != self._what)  # piece of work, which begins
+        if self._first is None or another:
             self._first = now, done
         self._last, self._what = done, what
         if now - self._shown < 0.1 and (done < total or not total):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from fractions import Fraction
 
@@ -226,6 +227,16 @@ def test_channels_first_and_channels_last_are_the_same_numbers(shape, dtype):
         assert (abs(found.variance() / true_variance - 1) <= 1e-12).all()
     everywhere = moments(x, axis=0)
     assert everywhere.channels == shape[0]
+
+
+def test_buffers_are_kept_for_each_byte_order():
+    """In a thread of its own, which has none yet: the first one must not be what native numbers are then put into."""
+    swapped, native = np.dtype(np.float32).newbyteorder(), np.dtype(np.float32)
+    kept = []
+    thread = threading.Thread(target=lambda: kept.extend(sums.scratch(4, kind) for kind in (swapped, native)))
+    thread.start()
+    thread.join()
+    assert [buffer.dtype for buffer in kept] == [swapped, native]
 
 
 @pytest.mark.parametrize("inner", [8192, 8193, 40_001, 65_536, 150_000])
