@@ -189,7 +189,8 @@ def moments(rows: ArrayLike, axis: int = -1) -> Moments:
 
     rows: any float, integer or boolean dtype (bfloat16 too), any strides; a memory map is read once, in order, in
     pieces. Floats are summed by all cores (OMP_NUM_THREADS limits them), with half a megabyte of buffers for each, kept
-    for the next call. The result depends on the values and their order only, never on threads, BLAS or processor.
+    for the next call. The result depends on the values, their order and whether the array is contiguous (another layout is
+    taken in other pieces: the last bits may differ), never on threads, BLAS, processor or versions.
 
     Raises InvalidValue on NaN or infinity (naming channel and position), on other dtypes, on an axis that is not there
     and on zero channels. No rows at all are no error: n is then 0.
