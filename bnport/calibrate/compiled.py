@@ -125,6 +125,13 @@ def kernels(size: int) -> Kernels | None:
     return _loaded[0] if _loaded else None
 
 
+def taken(array: Array, kinds: str) -> tuple[Kernels, Array] | None:
+    """The compiled loops and the `array` about to be summed as they take it; None where either is not to be had."""
+    loops = kernels(array.nbytes)
+    x = None if loops is None else flat(array, kinds)
+    return None if loops is None or x is None else (loops, x)
+
+
 def use(wanted: bool) -> bool:
     """Load the compiled loops now, or do without them from now on, however much is summed; whether they are there."""
     _loaded[:] = [_compiled() if wanted else None]

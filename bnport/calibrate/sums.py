@@ -83,9 +83,9 @@ def shifted_sums(array: Array, shift: Array) -> tuple[Array, Array]:
     wide = np.tile(shift, tiles * max(1, LONG // columns))
     rows = max(1, PIECE // wide.size) * wide.size // columns
     far, near, row = np.zeros((3, 2, columns))
-    fast, x = compiled.kernels(array.nbytes), compiled.flat(array, compiled.FLOATS)
-    if fast is not None and x is not None:
-        fast.shifted_rows(x, wide[:columns], rows * columns, FLUSH, far, near, row)
+    if (taken := compiled.taken(array, compiled.FLOATS)) is not None:
+        loops, x = taken
+        loops.shifted_rows(x, wide[:columns], rows * columns, FLUSH, far, near, row)
     else:
         _add_rows(array, wide, rows, far, near, row[0])
     total, squares = far.reshape(2, tiles, channels).sum(axis=1)
@@ -219,10 +219,11 @@ def integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
 
 def _integer_sums(array: Array, bound: int) -> tuple[list[int], list[int]]:
     channels = array.shape[-1]
-    fast, x = compiled.kernels(array.nbytes), compiled.flat(array, compiled.INTEGERS)
-    if fast is not None and x is not None and array.size * bound * bound < 1 << 63:
+    taken = compiled.taken(array, compiled.INTEGERS)
+    if taken is not None and array.size * bound * bound < 1 << 63:
+        loops, x = taken
         sums = np.zeros((2, _tiles(channels, WIDTH) * channels), np.int64)
-        fast.integer_rows(x, *sums, np.int64(0))
+        loops.integer_rows(x, *sums, np.int64(0))
         total, squares = sums.reshape(2, -1, channels).sum(axis=1).tolist()
         return total, squares
     small = bound <= 255

@@ -91,8 +91,10 @@ def tell(done: int, size: int, what: str) -> None:
 def sha256(path: str) -> str:
     """The hex digest of a file's bytes, read in blocks."""
 
+    what = _hashing(path)
+
     def go_on(done: int, size: int) -> bool:
-        tell(done, size, _hashing(path))
+        tell(done, size, what)
         return True
 
     return _hashed(path, go_on)

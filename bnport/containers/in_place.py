@@ -88,12 +88,13 @@ def change(path: str, patches: Iterable[Patch], check: Callable[[], None]) -> No
     file = ReadFile(path)
     places = joined(patches)
     _fits(places, file)
-    places = [part for place in places for part in _differing(place, file.pread(place.offset, len(place.data)))]
-    if not places:
+    differing = [pair for place in places for pair in _differing(place, _held(file, place))]
+    if not differing:
         check()
         return
+    places = [new for new, _ in differing]
     seals = _seals(file)
-    undo = _Undo.of(file, seals, places)
+    undo = _Undo(file.size, seals, [*(_held(file, seal) for seal in seals), *(old for _, old in differing)])
     try:
         undo.save(path + UNDO)
     except BaseException as error:
@@ -151,11 +152,6 @@ class _Undo(NamedTuple):
     size: int
     seals: list[Patch]  # the overwritten contents, not the old ones
     pieces: list[Patch]
-
-    @classmethod
-    def of(cls, file: ReadFile, seals: list[Patch], places: list[Patch]) -> _Undo:
-        wanted = [(p.offset, len(p.data)) for p in (*seals, *places)]
-        return cls(file.size, seals, [Patch(at, file.pread(at, length)) for at, length in wanted])
 
     def save(self, path: str) -> None:
         import hashlib
@@ -256,16 +252,25 @@ def _fits(places: list[Patch], file: ReadFile) -> None:
         end = place.offset + len(place.data)
 
 
-def _differing(place: Patch, old: bytes) -> Iterator[Patch]:
-    """The parts of the patch, in steps of _STEP bytes, that are not `old` already."""
-    start = 0  # of what differs; all before it was yielded or is the same
-    for at in range(0, len(old), _STEP):
-        if old[at : at + _STEP] == place.data[at : at + _STEP]:
+def _held(file: ReadFile, place: Patch) -> Patch:
+    """What the file holds where the patch lies."""
+    return Patch(place.offset, file.pread(place.offset, len(place.data)))
+
+
+def _differing(new: Patch, old: Patch) -> Iterator[tuple[Patch, Patch]]:
+    """The parts of two patches of one place, in steps of _STEP bytes, that are not the same."""
+
+    def parts(start: int, end: int) -> tuple[Patch, Patch]:
+        return Patch(new.offset + start, new.data[start:end]), Patch(old.offset + start, old.data[start:end])
+
+    start, size = 0, len(new.data)  # start: of what differs; all before it was yielded or is the same
+    for at in range(0, size, _STEP):
+        if new.data[at : at + _STEP] == old.data[at : at + _STEP]:
             if start < at:
-                yield Patch(place.offset + start, place.data[start:at])
+                yield parts(start, at)
             start = at + _STEP
-    if start < len(old):
-        yield Patch(place.offset + start, place.data[start:])
+    if start < size:
+        yield parts(start, size)
 
 
 def _overlaid(patch: Patch, others: Iterable[Patch]) -> Patch:

@@ -267,9 +267,8 @@ def _read_directory(file: ReadFile, offset: int, size: int, count: int) -> dict[
             plain, compressed, header = (values.pop(0) if w == _MAX32 else w for w in wide)
         member.method, member.flags, member.crc = method, flags, crc
         member.compressed, member.header_offset = compressed, header
-        member.size = (
-            compressed if compressed == plain else plain
-        )  # one object where they are equal: there may be thousands
+        # one object where they are equal: there may be thousands
+        member.size = compressed if compressed == plain else plain
         member.central_offset = offset + at
         if flags & _ENCRYPTED:
             member._refuse("is encrypted")

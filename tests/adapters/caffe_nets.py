@@ -7,12 +7,7 @@ import os
 import numpy as np
 
 from bnport import adapters
-from tests.adapters.caffe_files import (
-    cv2_outputs,
-    layer,
-    prototxt,
-    save,
-)
+from tests.adapters.caffe_files import cv2_outputs, layer, prototxt, save
 from tests.adapters.contract import telling_record
 
 FACTOR = np.float32(999.98236)  # what moving_average_fraction 0.999 tends to

@@ -50,12 +50,11 @@ def main() -> None:
 
     import keras
     import numpy as np
+    from loops import use_numba
 
-    from bnport.calibrate import compiled
     from bnport.calibrate.run import calibrate
 
-    if compiled.use(not options.without_numba) == options.without_numba:
-        raise SystemExit("numba is not installed")
+    use_numba(not options.without_numba)
     keras.utils.set_random_seed(0)
     model = getattr(keras.applications, options.model)(weights=None, input_shape=(options.size, options.size, 3))
     images = np.random.default_rng(0).normal(size=(options.images, options.size, options.size, 3)).astype("float32")

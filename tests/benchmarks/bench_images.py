@@ -14,8 +14,9 @@ import statistics
 import tempfile
 import time
 
+from loops import use_numba, with_numba
+
 from bnport._lazy import np  # as `bnport stats` has it: a worker imports its script anew, and starts without numpy
-from bnport.calibrate import compiled
 from bnport.calibrate.executors import cores, map_blocks
 from bnport.calibrate.images import image_statistics
 
@@ -46,20 +47,12 @@ def by_bincount(x):
     return [np.bincount(x[..., c].ravel(), minlength=256) for c in range(x.shape[-1])]
 
 
-def by_bnport(numba):
-    def run(x):
-        if compiled.use(numba) != numba:
-            raise SystemExit("numba is not installed")
-        return image_statistics(x)
-
-    return run
-
-
 def arrays(count, rounds):
     x = np.random.default_rng(0).integers(0, 256, (count, 224, 224, 3), dtype=np.uint8)
-    methods = {"bnport, numba (exact)": by_bnport(True), "bnport, numpy alone (exact)": by_bnport(False),
+    methods = {"bnport, numba (exact)": with_numba(True, image_statistics),
+               "bnport, numpy alone (exact)": with_numba(False, image_statistics),
                "numpy float32": by_numpy, "torch float32": by_torch, "numpy.bincount (exact)": by_bincount}  # fmt: skip
-    compiled.use(True)
+    use_numba(True)
     taken = interleaved(methods, rounds, x)
     print(f"uint8 array of {count} images, 224 x 224 x 3")
     for name, seconds in taken.items():

@@ -17,20 +17,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import numpy as np
+from loops import use_numba, with_numba
 
-from bnport.calibrate import compiled
 from bnport.calibrate.moments import merge_all, moments
-
-
-def with_numba(wanted, function):
-    """The function with the compiled loops, or without."""
-
-    def run(x):
-        if compiled.use(wanted) != wanted:
-            raise SystemExit("numba is not installed")
-        return function(x)
-
-    return run
 
 
 def methods():
@@ -52,7 +41,7 @@ def speed(megabytes, rounds, channels):
     for c in channels:
         x = np.random.default_rng(0).standard_normal((megabytes * 10**6 // 4 // c, c), dtype=np.float32)
         taken = {name: [] for name in methods()}
-        compiled.use(True)
+        use_numba(True)
         for _ in range(rounds):
             for name, method in methods().items():
                 started = time.perf_counter()
