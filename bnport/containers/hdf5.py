@@ -50,15 +50,18 @@ class Window(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Move within the window; whence as in io.IOBase."""
-        self._at = offset + (0, self._at, self._size)[whence]
+        self._at = offset + (0, self._at, self._size)[whence] if whence else offset
         return self._at
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` from the window; short only at its end."""
-        count = max(0, min(len(buffer), self._size - self._at))
+        at = self._at
+        count = len(buffer)
+        if at + count > self._size:
+            count = max(0, self._size - at)
         if count:
-            buffer[:count] = self._file.pread(self._start + self._at, count, "HDF5 metadata")
-        self._at += count
+            buffer[:count] = self._file.pread(self._start + at, count, "HDF5 metadata")
+            self._at = at + count
         return count
 
 
@@ -135,7 +138,8 @@ class Group:
         """The names in the group, digits compared as numbers (`_10` after `_9`)."""
         if self._names is None:
             try:
-                raw = list(self._id)
+                raw: list[bytes] = []
+                self._id.links.iterate(raw.append)  # half the time of list(self._id)
             except DAMAGE as error:
                 self._h5.refuse(self.path, f"cannot be listed ({reason(error)})")
             self._names = sorted((name.decode("utf-8", "surrogateescape") for name in raw), key=natural)
@@ -160,23 +164,20 @@ class Group:
         path = f"{self.path}/{name}" if self.path else name
         raw = name.encode("utf-8", "surrogateescape")
         try:
-            self._refuse_soft(raw, path)
+            self._refuse_soft(self._id.links.get_info(raw).type, path)
             found = h5py.h5o.open(self._id, raw)
         except BnportError:
             raise
         except DAMAGE as error:
             self._h5.refuse(path, f"cannot be opened ({reason(error)})")
-        if isinstance(found, h5py.h5g.GroupID):
-            return Group(self._h5, found, path)
         if isinstance(found, h5py.h5d.DatasetID):
             return tensor_of(self._h5, found, path)
-        return None
+        return Group(self._h5, found, path) if isinstance(found, h5py.h5g.GroupID) else None
 
-    def _refuse_soft(self, raw: bytes, path: str) -> None:
+    def _refuse_soft(self, kind: int, path: str) -> None:
         """Refuse any link but a hard one, which the library would follow."""
         import h5py
 
-        kind = self._id.links.get_info(raw).type
         if kind != h5py.h5l.TYPE_HARD:
             what = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "a link to another file"}
             self._h5.refuse(path, f"is {what.get(kind, 'a user-defined link')}; bnport does not follow those")
@@ -189,7 +190,7 @@ class Group:
         for name in self.names():
             raw, path = name.encode("utf-8", "surrogateescape"), f"{self.path}/{name}" if self.path else name
             try:
-                self._refuse_soft(raw, path)
+                self._refuse_soft(self._id.links.get_info(raw).type, path)
                 if h5py.h5o.get_info(self._id, raw).type == h5py.h5o.TYPE_GROUP:
                     found.append(Group(self._h5, h5py.h5g.open(self._id, raw), path))
             except BnportError:
@@ -289,4 +290,6 @@ class Group:
 
 def natural(name: str) -> list[Any]:
     """A sort key that compares digits as numbers: conv2d_2 before conv2d_10."""
+    if name.isdecimal() and len(name) < 19:
+        return [(0, int(name), "")]  # what comes of the rest of this: most names are the numbers of arrays
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d{1,18})", name) if part]

@@ -37,31 +37,18 @@ def tensor_of(h5: H5, dataset: Any, path: str) -> H5Tensor:
     import h5py
 
     try:
-        plan = dataset.get_create_plist()
-        layout = plan.get_layout()
-        if plan.get_external_count():
-            h5.refuse(path, "keeps its numbers in another file (external storage); bnport does not open it")
-        if layout == h5py.h5d.VIRTUAL:
-            h5.refuse(path, "keeps its numbers in other files (a virtual dataset); bnport does not open them")
         dtype, swapped = _dtype(h5, dataset, path)
-        shape = tuple(int(length) for length in dataset.shape)
+        shape = tuple(map(int, dataset.shape))
         nbytes = math.prod(shape) * ITEM_SIZE[dtype]
-        stored = int(dataset.get_storage_size())
-        offset = None
-        if layout == h5py.h5d.CHUNKED:
-            filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
-            if unknown := set(filters) - {_DEFLATE, _SHUFFLE, _FLETCHER32}:
-                h5.refuse(path, f"is packed by a filter that is not read ({unknown}); rewrite it (h5repack -f NONE)")
-            most = stored * 1032 if _DEFLATE in filters else stored
-            if nbytes > most or nbytes > CHUNKED_LIMIT:
-                h5.refuse(path, f"shape {shape} needs {nbytes} bytes, {stored} are stored")
-        elif layout == h5py.h5d.CONTIGUOUS and nbytes:
-            where = dataset.get_offset()
-            if where is None or stored != nbytes or where + nbytes > h5.size:
-                h5.refuse(path, f"shape {shape} needs {nbytes} bytes, which are not in the file")
-            offset = h5.start + where
-        elif nbytes > h5.size:
+        layout, offset = h5py.h5d.CONTIGUOUS, dataset.get_offset()  # no more is asked of it where there is one
+        if offset is None:  # chunked, in the header, in other files, or nothing is stored
+            layout = _other_layout(h5, dataset, path, shape, nbytes)
+        elif not nbytes:
+            offset = None
+        elif dataset.get_storage_size() != nbytes or offset + nbytes > h5.size:
             h5.refuse(path, f"shape {shape} needs {nbytes} bytes, which are not in the file")
+        else:
+            offset += h5.start
     except BnportError:
         raise
     except DAMAGE as error:
@@ -80,12 +67,37 @@ def tensor_of(h5: H5, dataset: Any, path: str) -> H5Tensor:
     return H5Tensor(path, dtype, shape, read, None if swapped else offset)
 
 
+def _other_layout(h5: H5, dataset: Any, path: str, shape: tuple[int, ...], nbytes: int) -> int:
+    """The layout of a dataset whose numbers do not lie in the file in one piece, held against the file."""
+    import h5py
+
+    plan = dataset.get_create_plist()
+    layout: int = plan.get_layout()
+    if plan.get_external_count():
+        h5.refuse(path, "keeps its numbers in another file (external storage); bnport does not open it")
+    if layout == h5py.h5d.VIRTUAL:
+        h5.refuse(path, "keeps its numbers in other files (a virtual dataset); bnport does not open them")
+    if layout == h5py.h5d.CHUNKED:
+        filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+        if unknown := set(filters) - {_DEFLATE, _SHUFFLE, _FLETCHER32}:
+            h5.refuse(path, f"is packed by a filter that is not read ({unknown}); rewrite it (h5repack -f NONE)")
+        stored = int(dataset.get_storage_size())
+        most = stored * 1032 if _DEFLATE in filters else stored
+        if nbytes > most or nbytes > CHUNKED_LIMIT:
+            h5.refuse(path, f"shape {shape} needs {nbytes} bytes, {stored} are stored")
+    elif nbytes and (layout == h5py.h5d.CONTIGUOUS or nbytes > h5.size):
+        h5.refuse(path, f"shape {shape} needs {nbytes} bytes, which are not in the file")
+    return layout
+
+
 def _dtype(h5: H5, dataset: Any, path: str) -> tuple[str, bool]:
     """(key of ITEM_SIZE, whether it is big-endian)."""
     import h5py
 
     h5t = h5py.h5t
     kind = dataset.get_type()
+    if kind.equal(h5t.IEEE_F32LE):  # most are
+        return "float32", False
     group, size = kind.get_class(), kind.get_size()
     if group == h5t.FLOAT:
         name = {2: "float16", 4: "float32", 8: "float64"}.get(size)
