@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import zipfile
 
 import h5py
@@ -146,6 +147,34 @@ def test_a_range_is_copied_and_bytes_are_appended_also_where_a_system_takes_less
     finally:
         os.close(descriptor)
     assert (tmp_path / "out").read_bytes() == data[:2000] + data[1500:4999]
+
+
+def test_what_is_large_is_flushed_while_it_is_copied(tmp_path, monkeypatch):
+    path, out = target(tmp_path, ".keras"), str(tmp_path / "out.keras")
+    flushed, real = set(), os.fsync
+    monkeypatch.setattr(files, "COPIED", 500)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.add(threading.current_thread()), real(descriptor)))
+    write(path, out)
+    (layer,) = bnport.read(out).values()
+    assert_same_bits(layer.record, NEW.replace(epsilon=layer.epsilon))
+    assert len(flushed) > 1
+    assert not any(thread.is_alive() for thread in flushed - {threading.current_thread()})
+
+
+def test_an_error_of_a_flush_that_nobody_waited_for_is_not_lost(tmp_path, monkeypatch):
+    path, out = target(tmp_path, ".keras"), str(tmp_path / "out.keras")
+    real = os.fsync
+
+    def once(descriptor):  # as Linux says it: to the first who asks
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(files, "COPIED", 500)
+    monkeypatch.setattr(os, "fsync", once)
+    with pytest.raises(OutputError, match="Input/output error; nothing was written"):
+        write(path, out)
+    assert sorted(os.listdir(tmp_path)) == ["target.h5", "target.keras"]
 
 
 def test_a_check_that_fails_leaves_nothing(tmp_path):

@@ -73,6 +73,7 @@ class ReadFile:
 
 
 LARGE = 256 << 20  # bytes of a file from which on somebody may want to know how far copying or hashing it is
+COPIED = 32 << 20  # bytes that are copied in one go; what has more is flushed while it is copied
 _watcher: Callable[[int, int, str], None] | None = None
 
 
@@ -166,15 +167,58 @@ def copy_contents(source: str, out_descriptor: int) -> None:
 
 def copy_range(source: ReadFile, out_descriptor: int, start: int, end: int) -> None:
     """Append the bytes [start, end) of a file to an open one, in the kernel (copy_file_range) where that works."""
-    while start < end:
-        try:
-            count = os.copy_file_range(source.fileno(), out_descriptor, min(end - start, LARGE // 2), start)
-        except (AttributeError, OSError):  # not on this system, or across file systems
-            count = os.write(out_descriptor, source.pread(start, min(1 << 20, end - start)))
-        if not count:
-            raise FormatError(f"{printable(source.path)}: shrank while it was copied")
-        start += count
-        tell(start, source.size, "copied")
+    flusher = _Flusher(out_descriptor) if end - start > COPIED else None
+    try:
+        while start < end:
+            try:
+                count = os.copy_file_range(source.fileno(), out_descriptor, min(end - start, COPIED), start)
+            except (AttributeError, OSError):  # not on this system, or across file systems
+                count = os.write(out_descriptor, source.pread(start, min(1 << 20, end - start)))
+            if not count:
+                raise FormatError(f"{printable(source.path)}: shrank while it was copied")
+            start += count
+            if flusher is not None:
+                flusher.go_on()
+            tell(start, source.size, "copied")
+    finally:
+        if flusher is not None:
+            flusher.end()
+
+
+class _Flusher:
+    """Has an open file's contents written to disk on a thread while more are appended: the last flush has little left.
+
+    `end` raises what the system said: it says of an error once, and a later flush would not hear of it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        import threading
+
+        self._descriptor, self._ended = descriptor, False
+        self._more = threading.Event()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._flush, daemon=True)
+        self._thread.start()
+
+    def go_on(self) -> None:
+        """There is more to flush; returns at once."""
+        self._more.set()
+
+    def end(self) -> None:
+        """Wait for what is being flushed."""
+        self._ended = True
+        self._more.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _flush(self) -> None:
+        while self._more.wait() and not self._ended and self._error is None:
+            self._more.clear()
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self._error = error
 
 
 def append(out_descriptor: int, data: bytes | memoryview) -> None:
