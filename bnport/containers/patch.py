@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _POLYNOMIAL = 0xEDB88320  # CRC-32 of zip, bits reversed
 _DESCRIPTOR = 1 << 3  # sizes and CRC follow the data
 _MAX32 = 0xFFFFFFFF
+_ZEROS = bytes(1 << 14)
 _PART = 16 << 20  # bytes compressed in one go
 
 
@@ -70,7 +71,9 @@ def _zeros_after(crc: int, count: int) -> int:
         for _ in range(64):
             _POWERS.append(power)
             power = _multiplied(power, power)
-    bit = 0
+    few = count % len(_ZEROS)
+    crc = zlib.crc32(_ZEROS[:few], crc ^ _MAX32) ^ _MAX32  # for so many the loop below takes longer
+    count, bit = count // len(_ZEROS), len(_ZEROS).bit_length() - 1
     while count:
         if count & 1:
             crc = _multiplied(crc, _POWERS[bit])
