@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script. OpenBLAS threads cost 0.09 s of CPU at every numpy import and nothing here needs them."""
+    sys.setswitchinterval(1e-4)  # seconds: the thread that hashes a file waited 5 ms for each of its turns of 1 ms
     gc.set_threshold(10_000)  # a command soon ends: looking for garbage among what it keeps was a tenth of a listing
     if not any(word in ("calibrate", "stats", "trace") for word in sys.argv[1:2]):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
