@@ -96,11 +96,11 @@ def convert_calibrated(
 
         before = frozen(targets)
         try:
-            convert(started, target, **pairing, run=False)
+            convert(started, target, **pairing, run=False, sha256=False)
             result = calibrate(target, data, **calibration)
             return finish(result)
         except BaseException:
-            convert(before, target, map={name: name for name in before}, run=False)
+            convert(before, target, map={name: name for name in before}, run=False, sha256=False)
             raise
     else:
         from bnport.calibrate.file import calibrate_file
@@ -108,7 +108,7 @@ def convert_calibrated(
         folder = os.path.dirname(os.path.abspath(os.fspath(out or "")))
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
             staged, done = (os.path.join(temporary, f"{n}-{os.path.basename(os.fspath(target))}") for n in "12")
-            convert(started, target, staged, **pairing)
+            convert(started, target, staged, **pairing, sha256=False)
             result = calibrate_file(staged, data, done, **calibration)
     return finish(result)
 

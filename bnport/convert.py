@@ -11,12 +11,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
-from bnport.containers.files import Digest, check_output, replace_file, sha256
+from bnport.containers.files import check_output, replace_file
 from bnport.containers.in_place import change, check_changeable
 from bnport.engines import engine_of, run_layers
 from bnport.errors import FormatError, InvalidValue, printable
 from bnport.layer import Change, Layers
-from bnport.outcome import Outcome, assumed, left, path_of, paths, said, with_evidence
+from bnport.outcome import Outcome, assumed, hashed, hashing, left, path_of, paths, said, with_evidence
 from bnport.plan import WRITABLE, chosen, plan
 from bnport.verify import Report, compare
 
@@ -46,6 +46,7 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     run: bool | None = None,
+    sha256: bool = True,
     source_options: Mapping[str, Any] | None = None,
     target_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -64,6 +65,7 @@ def convert(
     dry_run: write nothing; the Report says what would be written. force: replace an `out` that exists.
     run: also run the real layers of target and source (default: only those of a live target, as its framework is imported
         then, and those of a live source that has layers of a class with its own code).
+    sha256: hash the source's files, for the report; False: they are read only where a BatchNorm lies in them.
     source_options, target_options: for the adapters (key=, prototxt=, stat=, ...; `bnport formats`).
     progress: called as progress(done, total, what).
 
@@ -80,7 +82,7 @@ def convert(
     inputs = [p for p in (path_of(source), path) if p is not None]
     destination = _destination(source, target, out, in_place=in_place, dry_run=dry_run, force=force)
 
-    digests = {p: Digest(p) for p in paths(source)}  # computed while everything else goes on
+    digests = hashing(source, wanted=sha256)
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     if targets.read_only:
@@ -193,6 +195,7 @@ def verify(
     epsilon: float | None = None,
     target_epsilon: float | None = None,
     run: bool | None = None,
+    sha256: bool = True,
     source_options: Mapping[str, Any] | None = None,
     target_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -201,13 +204,15 @@ def verify(
 
     Decided for every input on a = gamma / sqrt(variance + epsilon) and b = beta - mean * a of both, in float64, against the
     bound of rounding to the dtype that `target` stores (bnport.verify has it). Both may be files or live objects of any
-    readable format; nothing is written. Arguments are those of `convert`; run: also run the real layers (default: only
-    those of a live target, and those of a live source that has layers of a class with its own code). Returns the Report:
-    `report.ok`, and per layer the largest error with its bound, and what is not known of its class.
+    readable format; nothing is written. Arguments are those of `convert`, sha256 of both sides; run: also run the real
+    layers (default: only those of a live target, and those of a live source that has layers of a class with its own
+    code). Returns the Report: `report.ok`, and per layer the largest error with its bound, and what is not known of its
+    class.
 
     Raises NotFound or MatchError where the two cannot be compared, FormatError for a file that is not understood; a
     difference is not an error but `report.ok == False`.
     """
+    digests = hashing(source, target, wanted=sha256)
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
     targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
@@ -233,7 +238,6 @@ def verify(
     else:
         not_run.append("the real layers (--run does)")
     notes = said(sources, targets, match.pairs)
-    digests = {p: sha256(p) for p in (*paths(source, target), *sources.files, *targets.files)}
     return Report(
         source=sources.source,
         target=targets.source,
@@ -241,7 +245,7 @@ def verify(
         notes=notes,
         not_run=not_run,
         left=left(match),
-        sha256=digests,
+        sha256=hashed(digests, [*sources.files, *targets.files]),
     )
 
 
@@ -251,6 +255,7 @@ def save_records(
     *,
     epsilon: float | None = None,
     force: bool = False,
+    sha256: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Save the source's BatchNorm layers as a neutral record file, and prove the result.
@@ -258,11 +263,12 @@ def save_records(
     source: a file or live object of any readable format. out: a .safetensors file of bnport's own (bnport formats records):
     gamma, beta, mean, variance of shape (C,) in the dtype of the source, bit for bit, and each layer's epsilon as a decimal;
     `convert` takes it as a source. epsilon: of a source that does not hold it. force: replace an `out` that exists.
-    options: for the source's adapter (key=, prototxt=, stat=, ...).
+    sha256: as of `convert`; the file names it too. options: for the source's adapter (key=, prototxt=, stat=, ...).
 
     Returns the Report of what was read back. Raises NotFound without BatchNorm, InvalidValue for numbers that are no
     BatchNorm, FormatError, OutputError; `out` appears whole or not at all.
     """
+    digests = hashing(source, wanted=sha256)
     sources = adapters.read_some(source, epsilon=epsilon, **(options or {}))
     destination = os.fspath(out)
     records: Any = adapters.load("records")
@@ -276,9 +282,15 @@ def save_records(
         if not all(layer.ok for layer in layers[0].values()):
             raise _NotTheSame
 
-    digests = {path: sha256(path) for path in inputs}
+    known = hashed(digests, sources.files)
     with contextlib.suppress(_NotTheSame):
-        replace_file(destination, lambda new: records.save(sources, new), check, force=force, inputs=inputs)
+        replace_file(
+            destination,
+            lambda new: records.save(sources, new, known.get(sources.source, "")),
+            check,
+            force=force,
+            inputs=inputs,
+        )
     return Report(
         action="convert",
         source=sources.source,
@@ -286,7 +298,7 @@ def save_records(
         out=destination,
         layers=layers[0].values(),
         notes=[*assumed(sources, sources, "--epsilon"), *sources.notes],
-        sha256=digests,
+        sha256=known,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from bnport.containers.files import sha256
+from bnport.containers.files import Digest, sha256
 from bnport.engines import run_layers
 from bnport.errors import MatchError, listed
 from bnport.layer import Layers
@@ -16,7 +16,6 @@ from bnport.verify import Report, check_bits, compare, with_checks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from bnport.containers.files import Digest
     from bnport.engines import Engine
     from bnport.layer import Change, Layer
     from bnport.match import Match
@@ -36,7 +35,7 @@ class Outcome:
         notes: Mapping[str, tuple[str, ...]],
         *,
         partial: bool,
-        digests: Mapping[str, Digest],
+        digests: Mapping[str, Digest] | None,
     ) -> None:
         self.sources, self.targets, self.match, self.changes, self.notes = sources, targets, match, changes, notes
         self.digests = digests
@@ -115,11 +114,26 @@ class Outcome:
             notes=said(self.sources, self.targets, self.match.pairs),
             not_run=not_run,
             left=left(self.match),
-            sha256={
-                **{path: digest.result() for path, digest in self.digests.items()},
-                **{path: sha256(path) for path in self.sources.files},  # one after another: there may be thousands
-            },
+            sha256=hashed(self.digests, self.sources.files),
         )
+
+
+def hashing(*models: Any, wanted: bool = True) -> dict[str, Digest] | None:
+    """path -> sha256 of those of the arguments that are files, from now on computed while other work goes on.
+
+    None where it is not `wanted`: a file is then read only where a BatchNorm lies in it.
+    """
+    return {path: Digest(path) for path in paths(*models)} if wanted else None
+
+
+def hashed(digests: Mapping[str, Digest] | None, files: Iterable[str]) -> dict[str, str]:
+    """path -> sha256, waited for, and that of the other `files` of a model; nothing where `digests` is None."""
+    if digests is None:
+        return {}
+    return {
+        **{path: digest.result() for path, digest in digests.items()},
+        **{path: sha256(path) for path in files},  # one after another: there may be thousands
+    }
 
 
 def path_of(model: Any) -> str | None:

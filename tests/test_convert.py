@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from importlib import import_module
 
 import numpy as np
@@ -120,6 +121,27 @@ def test_a_digest_is_sha256_and_stops_when_nobody_wants_it_any_more(tmp_path):
     assert not thread.is_alive()
     with pytest.raises(FileNotFoundError):
         Digest(str(tmp_path / "nix")).result()
+
+
+def test_a_source_that_is_not_hashed_is_read_only_where_batchnorm_lies(tmp_path, capsys):
+    source = tmp_path / "large.safetensors"
+    with open(DIGITS / "digits.safetensors", "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header, tensors = json.loads(file.read(size)), file.read()
+    header["large"] = {"dtype": "F32", "shape": [1 << 40], "data_offsets": [len(tensors), len(tensors) + (1 << 42)]}
+    text = json.dumps(header).encode()
+    with open(source, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + tensors)
+        file.truncate(8 + len(text) + len(tensors) + (1 << 42))  # 4 TB of zeros that no disk holds: days to hash
+    out = str(tmp_path / "out.keras")
+    report = bnport.convert(source, TWIN, out, sha256=False)
+    assert report.ok
+    assert report.sha256 == {}
+    assert main(["verify", str(source), out, "--no-sha256", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == {}
+    assert main(["convert", str(source), str(tmp_path / "records.safetensors"), "--no-sha256"]) == 0
+    assert main(["convert", str(source), TWIN, "-o", out, "--force", "--no-sha256"]) == 0
+    assert "sha256" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.h5", "out.weights.h5", "OUT.ONNX", "out.safetensors"])

@@ -104,8 +104,8 @@ def test_copying_flushing_and_hashing_large_files_are_told(watched, tmp_path, pa
     copied = [done for done, _, what in watched if what == "MB copied"]
     assert copied == sorted(copied)
     watched.clear()
-    assert bnport.verify(source, out).ok
-    assert {"MB of digits.pth hashed", "MB of out.keras hashed"} == {what for _, _, what in watched}
+    files.sha256(source)
+    assert {what for _, _, what in watched} == {"MB of digits.pth hashed"}
 
 
 def test_small_files_are_not_told():

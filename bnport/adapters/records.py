@@ -24,7 +24,6 @@ from __future__ import annotations
 import os
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.containers.files import sha256
 from bnport.containers.safetensors import is_safetensors, open_safetensors, write_safetensors
 from bnport.containers.tensor import Tensor
 from bnport.errors import FormatError, InvalidValue, NotFound, listed, printable
@@ -78,15 +77,15 @@ def read(source: str) -> Layers:
     return Layers(layers, source=source, format="records", notes=notes if origin else (), ordered=ordered)
 
 
-def save(layers: Layers, out: str) -> None:
+def save(layers: Layers, out: str, sha256: str = "") -> None:
     """Fill the file at `out` with these layers: every array bit for bit as `Layer.arrays()` gives it.
 
+    `sha256`: of the file that they were read from, where it is known.
     Raises InvalidValue, naming the layer, for numbers that are no BatchNorm.
     """
-    digest = sha256(layers.source) if os.path.isfile(layers.source) else ""
-    name = os.path.basename(layers.source) if digest else layers.source
+    name = os.path.basename(layers.source) if os.path.isfile(layers.source) else layers.source
     name = name.encode("utf-8", "backslashreplace").decode()  # on Linux it may be any bytes
-    _write(out, layers, {"source": name, "source_format": layers.format, "source_sha256": digest})
+    _write(out, layers, {"source": name, "source_format": layers.format, "source_sha256": sha256})
 
 
 def write(target: str, changes: Mapping[str, Change], out: str) -> None:

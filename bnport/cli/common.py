@@ -95,6 +95,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def add_sha256(parser: argparse.ArgumentParser) -> None:
+    """--no-sha256."""
+    parser.add_argument(
+        "--no-sha256",
+        dest="sha256",
+        action="store_false",
+        help="leave the inputs' sha256 out of the report: of a file only what BatchNorm needs is read then",
+    )
+
+
 def print_json(value: object) -> None:
     """One JSON document on standard output; NaN and infinity never appear in it."""
     import json

@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate-options", default="", metavar="TEXT", help="of 'bnport calibrate', such as \"--limit 5000\""
     )
+    common.add_sha256(parser)
     common.add_html(parser)
     common.add_json(parser)
     common.add_source_options(parser)
@@ -62,7 +63,12 @@ def run(args: argparse.Namespace) -> int:
     if nowhere and args.target.endswith(".safetensors") and not _is_model(args.target):
         _refuse_with_records(args)
         report = save_records(
-            args.source, args.target, epsilon=args.epsilon, force=args.force, options=common.source_options(args)
+            args.source,
+            args.target,
+            epsilon=args.epsilon,
+            force=args.force,
+            sha256=args.sha256,
+            options=common.source_options(args),
         )
         return common.finish(report, args)
     if nowhere:
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             dry_run=args.dry_run,
             force=args.force,
             run=args.run,
+            sha256=args.sha256,
             source_options=common.source_options(args),
             progress=progress,
             **common.pairing_options(args),
@@ -145,6 +152,7 @@ def _calibrated(args: argparse.Namespace) -> int:
             source_options=common.source_options(args),
             force=args.force,
             run=args.run,
+            sha256=args.sha256,
             progress=progress,
             **pairing,
         )

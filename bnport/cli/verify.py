@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="A", help="the original")
     parser.add_argument("target", metavar="B", help="the model to check against it")
     parser.add_argument("--run", action="store_true", help="also run the real layers in their frameworks")
+    common.add_sha256(parser)
     common.add_html(parser)
     parser.add_argument("--force", action="store_true", help="replace the --html file if it exists")
     common.add_json(parser)
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
             args.target,
             epsilon=args.epsilon,
             run=args.run,
+            sha256=args.sha256,
             source_options=common.source_options(args),
             progress=progress,
             **common.pairing_options(args),

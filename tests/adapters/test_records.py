@@ -120,10 +120,13 @@ def test_everything_known_about_a_layer_survives(tmp_path):
 
 def test_the_source_file_is_named_and_its_sha256_kept(tmp_path):
     source = tmp_path / "model.pth"
-    source.write_bytes(b"weights")
-    path = saved(tmp_path, layer(), source=str(source))
-    (note,) = records.read(path).notes
-    assert note == f"records of model.pth (sha256 {hashlib.sha256(b'weights').hexdigest()})"
+    torch.save(torch.nn.Sequential(torch_module(telling_record(3, epsilon=1e-5))).eval(), source)
+    path = str(tmp_path / "a.safetensors")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert save_records(source, path).sha256 == {str(source): digest}
+    assert records.read(path).notes == (f"records of model.pth (sha256 {digest})",)
+    assert save_records(source, path, force=True, sha256=False).sha256 == {}
+    assert records.read(path).notes == ("records of model.pth",)
 
 
 def test_the_same_layers_give_the_same_bytes(tmp_path):

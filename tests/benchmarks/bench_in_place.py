@@ -6,7 +6,7 @@ PERFORMANCE row 9: a ResNet-50 (98 MB, 53 BN), and a model of so many gigabytes 
 Every run is a process of its own, the ways in turn; wall time, CPU, peak resident memory and bytes written (wchar of
 /proc/self/io) are the process's, medians after a warm-up round. In place goes into a fresh copy of the target every time:
 as its framework made it (ones and zeros, which the undo file deflates), and with other values (twice as much is written).
-Nothing is asserted.
+"Not hashed": with --no-sha256, the source is read only where a BatchNorm lies. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -73,13 +73,16 @@ def measured(code: str) -> tuple[float, float, float, float]:
 
 def compare(title: str, paths: dict[str, str], rounds: int) -> None:
     copy = ["convert", paths["pth"], paths["keras"], "-o", paths["out"]]
-    place = COMMAND.format(arguments=["convert", paths["pth"], paths["place"], "--in-place"])
+    place = ["convert", paths["pth"], paths["place"], "--in-place"]
     measured(OTHER.format(**paths))
-    targets = {"bnport --in-place, fresh": paths["keras"], "bnport --in-place, other values": paths["other"]}
+    targets = {"bnport --in-place, fresh": paths["keras"], "bnport --in-place, other values": paths["other"],
+               "bnport --in-place, not hashed": paths["keras"]}  # fmt: skip
     ways = {
         "torch.load, load_model, save": USUAL_PORT.format(**paths),
         "bnport convert -o": COMMAND.format(arguments=copy),
-        **dict.fromkeys(targets, place),
+        "bnport convert -o, not hashed": COMMAND.format(arguments=[*copy, "--no-sha256"]),
+        **dict.fromkeys(targets, COMMAND.format(arguments=place)),
+        "bnport --in-place, not hashed": COMMAND.format(arguments=[*place, "--no-sha256"]),
     }
     runs: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in ways}
     for turn in range(rounds + 1):
