@@ -183,3 +183,28 @@ def test_every_adapter_is_what_the_protocol_says_and_opens_with_its_table():
         assert isinstance(adapter.PACKAGES, tuple)
         assert callable(adapter.recognise)
         assert callable(adapter.read)
+
+
+def test_the_oldest_versions_that_ci_tries_are_within_what_the_package_asks_for():
+    import tomllib
+    from packaging.requirements import Requirement
+
+    root = os.path.dirname(TESTS)
+    with open(os.path.join(root, "pyproject.toml"), "rb") as file:
+        project = tomllib.load(file)["project"]
+    asked = [
+        Requirement(text)
+        for group in (project["dependencies"], *project["optional-dependencies"].values())
+        for text in group
+    ]
+    with open(os.path.join(TESTS, "oldest.txt"), encoding="utf-8") as file:
+        pinned = [Requirement(line.strip()) for line in file if not line.startswith("#")]
+    assert {"numpy", "h5py", "pillow", "numba"} <= {pin.name for pin in pinned}
+    for pin in pinned:
+        (version,) = (specifier.version for specifier in pin.specifier)
+        assert all(version in each.specifier for each in asked if each.name == pin.name), pin
+        if pin.name in ("numpy", "pillow", "numba") and "<" in str(pin.marker):
+            (bound,) = {
+                s.version for each in asked if each.name == pin.name for s in each.specifier if s.operator == ">="
+            }
+            assert version == bound or version.startswith(f"{bound}."), pin  # the oldest, not just an old one

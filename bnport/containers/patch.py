@@ -215,8 +215,9 @@ def _deflated(plain: bytes) -> bytes:
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     parts = []
     for start in range(0, len(plain), _PART):
-        parts.append(packer.compress(memoryview(plain)[start : start + _PART]))
         tell(start, len(plain), "compressed")
+        parts.append(packer.compress(memoryview(plain)[start : start + _PART]))
+    tell(len(plain), len(plain), "compressed")
     return b"".join([*parts, packer.flush()])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.containers.files import ReadFile
-from bnport.containers.tensor import ITEM_SIZE, Tensor
+from bnport.containers.tensor import ITEM_SIZE, FileTensor, Tensor
 from bnport.errors import FormatError, InvalidValue, NotFound, printable
 
 if TYPE_CHECKING:
@@ -118,24 +118,12 @@ def tensor_patches(source: str, changes: Mapping[str, bytes]) -> list[Patch]:
     return patches
 
 
-class _Stored(Tensor):
-    __slots__ = ("_begin", "_file")
-
-    def __init__(self, file: ReadFile, name: str, place: _Place) -> None:
-        self.name, self.dtype, self.shape = name, DTYPES[place.dtype], place.shape
-        self._file, self._begin = file, place.begin
-
-    def read(self) -> bytes:
-        """Its bytes, little-endian, C order."""
-        return self._file.pread(self._begin, self.nbytes, self.name)
-
-
 def _tensor(file: ReadFile, name: str, place: _Place) -> Tensor:
     if place.dtype in _OPAQUE:
         # the stand-in dtype has the right size; read() refuses before anybody takes the bytes for numbers
         stand_in = "uint64" if _OPAQUE[place.dtype] == 8 else "uint8"
         return Tensor(name, stand_in, place.shape, _refusal(file.path, name, place.dtype))
-    return _Stored(file, name, place)
+    return FileTensor(name, DTYPES[place.dtype], place.shape, file, place.begin)
 
 
 def _refusal(path: str, name: str, dtype: str) -> Callable[[], bytes]:

@@ -9,9 +9,10 @@ from bnport._lazy import TYPE_CHECKING, np
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
+    from bnport.containers.files import ReadFile
     from bnport.record import Array
 
 ITEM_SIZE = {
@@ -25,6 +26,15 @@ def _dtypes(name: str) -> tuple[Any, Any]:
     """numpy's dtype of that name, one of ITEM_SIZE: as it lies in a file (little-endian), and the machine's own."""
     little = np.dtype(name).newbyteorder("<")
     return little, little.newbyteorder("=")
+
+
+def _numbers(data: bytes, dtype: str) -> Array:
+    """The values in little-endian bytes, copied; bfloat16 as float32."""
+    if dtype == "bfloat16":
+        wide: Array = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32)
+    little, native = _dtypes(dtype)
+    return np.frombuffer(data, little).astype(native, copy=True)
 
 
 class Tensor:
@@ -55,13 +65,48 @@ class Tensor:
         data = self.read()
         if len(data) != self.nbytes:
             raise FormatError(f"{printable(self.name)}: {self.nbytes} bytes expected, {len(data)} found")
-        if self.dtype == "bfloat16":
-            wide = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)
-            array: Array = wide.view(np.float32).reshape(self.shape)
-            return array
-        little, native = _dtypes(self.dtype)
-        array = np.frombuffer(data, little).astype(native, copy=True)
+        array = _numbers(data, self.dtype)
         return array if len(self.shape) == 1 else array.reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.dtype}, {self.shape})"
+
+
+class FileTensor(Tensor):
+    """A Tensor whose bytes lie in one piece of a file, from `begin` on."""
+
+    __slots__ = ("begin", "file")
+
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], file: ReadFile, begin: int) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self.file, self.begin = file, begin
+
+    def read(self) -> bytes:
+        """Its bytes, little-endian, C order."""
+        return self.file.pread(self.begin, self.nbytes, self.name)
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    """`array()` of each. Vectors of one dtype that lie side by side in one file are read in one go: a layer's four do, in
+    files that are sorted by name, and on a network every read is a journey."""
+    run = sorted((t for t in tensors.values() if isinstance(t, FileTensor)), key=_begin)
+    if len(run) < len(tensors) or len(run) < 2 or not all(map(_beside, run, run[1:])):
+        return {key: tensor.array() for key, tensor in tensors.items()}
+    first, last, item = run[0], run[-1], ITEM_SIZE[run[0].dtype]
+    values = _numbers(first.file.pread(first.begin, last.begin + last.nbytes - first.begin, first.name), first.dtype)
+    starts = {key: (tensor.begin - first.begin) // item for key, tensor in tensors.items()}  # type: ignore[attr-defined]
+    return {key: values[at : at + tensors[key].size] for key, at in starts.items()}
+
+
+def _begin(tensor: FileTensor) -> int:
+    return tensor.begin
+
+
+def _beside(one: FileTensor, next_: FileTensor) -> bool:
+    """Whether the second begins where the first, a vector of the same kind, ends."""
+    return (
+        one.file is next_.file
+        and one.dtype == next_.dtype
+        and len(one.shape) == len(next_.shape) == 1
+        and one.begin + one.nbytes == next_.begin
+    )

@@ -21,6 +21,7 @@ from bnport.containers.safetensors import (
     tensor_patches,
     write_safetensors,
 )
+from bnport.containers.tensor import arrays_of
 from bnport.errors import FormatError, InvalidValue, NotFound
 
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"]
@@ -112,6 +113,29 @@ def test_float8_tensors_do_not_hide_the_others_and_are_refused_when_read(tmp_pat
     assert tensors["w"].array() == 1.5
     with pytest.raises(FormatError, match=r"f8 is F8_E4M3"):
         tensors["f8"].array()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_vectors_side_by_side_are_read_in_one_go_and_others_one_by_one(tmp_path, dtype, monkeypatch):
+    rng, path = np.random.default_rng(2), str(tmp_path / "a.safetensors")
+    shapes = {"a": 5, "b": 5, "c": 5, "d": 7, "kernel": (5, 2), "z": 5}
+    arrays = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    arrays["other"] = rng.normal(size=5)
+    safetensors.numpy.save_file(arrays, path)
+    tensors, _ = open_safetensors(path)
+    reads, pread = [], ReadFile.pread
+    monkeypatch.setattr(ReadFile, "pread", lambda *args: reads.append(args[1:3]) or pread(*args))
+    for names, expected in ((["b", "d", "a", "c"], 1), (["a", "c"], 2), (["a", "kernel"], 2), (["d", "kernel", "z"], 3),
+                            (["a"], 1), (["a", "a"], 2), (["a", "other"], 2)):  # fmt: skip
+        reads.clear()
+        keys = {f"{place}": tensors[name] for place, name in enumerate(names)}
+        got = arrays_of(keys)
+        assert len(reads) == expected
+        assert list(got) == list(keys)
+        for key, name in zip(keys, names, strict=True):
+            np.testing.assert_array_equal(got[key], arrays[name].astype(got[key].dtype))
+            assert got[key].tobytes() == tensors[name].array().tobytes()
+            assert got[key].flags.writeable
 
 
 def test_opening_reads_no_tensor(tmp_path):

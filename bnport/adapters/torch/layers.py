@@ -6,6 +6,7 @@ import functools
 
 from bnport._lazy import TYPE_CHECKING, np
 from bnport.adapters.torch.tensors import FLOATS
+from bnport.containers.tensor import arrays_of
 from bnport.errors import FormatError, InvalidValue, printable
 from bnport.layer import Kernel, Layer
 
@@ -101,7 +102,7 @@ def make_layer(
 
 def _load(tensors: Mapping[str, Tensor], added: float | None) -> dict[str, Array]:
     """The arrays by field; `added`: to |weight|, for InPlaceABN."""
-    arrays = {field: tensor.array() for field, tensor in tensors.items()}
+    arrays = arrays_of(tensors)
     if added is not None and "gamma" in arrays:
         arrays["gamma"] = np.abs(arrays["gamma"].astype(np.float64)) + added
     return arrays

@@ -21,7 +21,7 @@ from bnport.containers.tensor import Tensor
 from bnport.errors import FormatError, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 STATISTICS = ("running_mean", "running_var")
 _KNOWN = frozenset({*STATISTICS, "num_batches_tracked"})
@@ -42,6 +42,10 @@ class Roles(NamedTuple):
     weight: tuple[str, ...]
     bias: tuple[str, ...]
     notes: tuple[str, ...]
+
+
+_USUAL = _KNOWN | {"weight", "bias"}
+_BOTH = Roles(("weight",), ("bias",), ())
 
 
 class Product(Tensor):
@@ -65,7 +69,7 @@ class Product(Tensor):
 
 def roles_of(
     own: Mapping[str, Tensor],
-    below: Iterable[str],
+    below: Sequence[str],
     shown: str,
     channels: int,
     given: Mapping[str, tuple[str, ...]] | None = None,
@@ -77,6 +81,8 @@ def roles_of(
     of a role, which then decides. Raises FormatError for a parameter that is computed in a way that no file tells, and
     for a tensor of the channels' size whose role is not known.
     """
+    if own.keys() <= _USUAL and "weight" in own and "bias" in own and not below and not given:
+        return _BOTH  # what comes of all that follows
     for name in below:
         if name.startswith("parametrizations."):
             raise computed(shown, name.split(".")[1], "a parametrization", [name])
