@@ -251,11 +251,13 @@ class Alignment:
         parts = cut(group, (s_low, s_high), (t_low, t_high), f"{group.how}, in the same order")
         if len(parts) > 1:
             return parts
-        for side, other, members, low, high in (
-            (self.source, self.target, group.sources, s_low, s_high),
-            (self.target, self.source, group.targets, t_low, t_high),
+        for side, other, members, others, low, high in (
+            (self.source, self.target, group.sources, group.targets, s_low, s_high),
+            (self.target, self.source, group.targets, group.sources, t_low, t_high),
         ):
             if side.graph is not None or other.graph is None or not ties.defined_as_executed(self, side):
+                continue
+            if not ties.defined_among(self, side, members, others):
                 continue
             if not names.counted_otherwise([side.tokens[m] for m in members]):
                 ranks = list(range(len(low)))  # the order of definition is total, and true wherever it was seen

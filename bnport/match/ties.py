@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from bnport.errors import InvalidValue
@@ -152,7 +153,9 @@ def numbers(state: Alignment, group: Group) -> Proposal | None:
     """A number in the source names that is, but for a constant, a number in the target names, wherever it is seen.
 
     Of names whose words and numbers stand in the same places, whatever the words: `cell_4.comb_iter_0_left.bn_sep_1`
-    and `separable_conv_1_bn_normal_left1_4` say left0 = left1, and so right1 = right2.
+    and `separable_conv_1_bn_normal_left1_4` say left0 = left1, and so right1 = right2. Not a number that runs through all
+    layers of a side (`bn5`, `batch_normalization_4`): it says in which order they were made, and that may be another. All
+    numbers but one must have been seen: what lies beyond them may be counted otherwise.
     """
     source, target = state.source.tokens, state.target.tokens
     s_shape, t_shape = names.shape(source[group.sources[0]]), names.shape(target[group.targets[0]])
@@ -168,20 +171,27 @@ def numbers(state: Alignment, group: Group) -> Proposal | None:
     proposals: list[Proposal] = []
     for i, kind_s in enumerate(s_shape):
         own = {source[s][i][1]: s for s in group.sources}
-        if not kind_s or len(own) < len(group.sources):
+        if not kind_s or len(own) < len(group.sources) or _runs_through(source, i):
             continue
         for j, kind_t in enumerate(t_shape):
             theirs = {target[t][j][1]: t for t in group.targets}
-            if not kind_t or len(theirs) < len(group.targets):
+            if not kind_t or len(theirs) < len(group.targets) or _runs_through(target, j):
                 continue
             seen = {(int(s[i][1]), int(t[j][1])) for s, t in known}
             offsets = {b - a for a, b in seen}
             if len(offsets) != 1 or len(seen) < 2:
                 continue
             offset = offsets.pop()
-            if all(int(a) + offset in theirs for a in own):
+            unseen = {int(a) for a in own} - {a for a, _ in seen}
+            if len(unseen) < 2 and all(int(a) + offset in theirs for a in own):
                 proposals.append({s: theirs[int(a) + offset] for a, s in own.items()})
     return proposals[0] if proposals and all(p == proposals[0] for p in proposals) else None
+
+
+def _runs_through(side: Sequence[Sequence[names.Token]], place: int) -> bool:
+    """Whether most names of a side are the same but for the number in this place."""
+    rests = Counter((*name[:place], *name[place + 1 :]) for name in side if len(name) > place)
+    return max(rests.values(), default=0) * 2 > len(side)
 
 
 def operand_order(state: Alignment, group: Group) -> Proposal | None:
@@ -316,6 +326,25 @@ def defined_as_executed(state: Alignment, side: Side) -> bool:
                     return False
                 length[node] = max(length.get(node, 0), length.get(b, 0) + 1)
     return max(length.values(), default=0) > SEEN
+
+
+def defined_among(state: Alignment, side: Side, members: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether every decided layer lies among the members of a group, by definition, where the other side's graph allows.
+
+    members: of `side`, which has no graph; others: their candidates. A norm that is made first and called last, defined
+    before layers that run before all its candidates, is found out by that.
+    """
+    here = state.back if side is state.source else state.pairs
+    graph = state.target.graph if side is state.source else state.source.graph
+    assert graph is not None
+    before, after = graph.reach()
+    candidates = sum(1 << other for other in others)
+    for node, defined in here.items():
+        earlier = sum(member < defined for member in members)
+        least, most = (before[node] & candidates).bit_count(), len(others) - (after[node] & candidates).bit_count()
+        if not least <= earlier <= most:
+            return False
+    return True
 
 
 def same_numbers(state: Alignment, group: Group) -> bool:

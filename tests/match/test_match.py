@@ -490,3 +490,32 @@ def test_a_kernel_that_may_be_grouped_proves_no_guess():
     sources = layers(*(guessed(n, 24, (24, 8, k, k)) for n, k in (("a", 3), ("b", 5))))
     targets = layers(*(layer(n, 24, (24, 8, k, k)) for n, k in (("x", 3), ("y", 5))))
     assert len(match(sources, targets).ambiguous) == 1
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("names", ["batch_normalization_{}", "block{}_bn", "bn_{}"])
+def test_a_number_that_runs_through_all_layers_does_not_tell_two_equal_heads_apart(names, graph):
+    def net(name, first):
+        found = [layer(name(n), 8 * n, inputs=[name(n - 1)] if n > 1 else []) for n in range(1, 5)]
+        for at in (5, 7):  # the heads, equal but for who was made first
+            found += [layer(name(at), 48, inputs=[name(4)]), layer(name(at + 1), 48, inputs=[name(at)])]
+        return layers(*(each if graph or first else each.but(inputs=None) for each in found))
+
+    found = match(net(lambda n: f"bn{n}", False), net(lambda n: names.format(n - 1), True))
+    assert not found.ok
+    assert set(found.pairs.values()) == {"bn1", "bn2", "bn3", "bn4"}
+
+
+def test_a_norm_that_is_defined_first_and_called_last_is_not_shifted_into_the_last_stage():
+    widths = [8, 12, 16, 20, 24, 28, 32, 32, 32]
+    target = chain([f"t{n}" for n in range(len(widths))])
+    target = layers(*(layer(t, w, inputs=each.inputs) for w, (t, each) in zip(widths, target.items(), strict=True)))
+    called = [f"blocks.{n}.norm" for n in range(len(widths) - 1)]
+    defined = layers(layer("norm", 32), *(layer(name, w) for name, w in zip(called, widths, strict=False)))
+    found = match(defined, target)
+    assert not found.ok
+    assert {t for group in found.ambiguous for t in group.targets} == {"t6", "t7", "t8"}
+    in_order = layers(*list(defined.values())[1:], layer("norm", 32))
+    found = match(in_order, target)  # defined where it is called: the order holds everywhere
+    found.raise_if_bad()
+    assert list(found.pairs.values()) == [*called, "norm"]
