@@ -237,7 +237,7 @@ def verify(
         )
     else:
         not_run.append("the real layers (--run does)")
-    notes = said(sources, targets, match.pairs)
+    notes = said(sources, targets, match)
     return Report(
         source=sources.source,
         target=targets.source,

@@ -115,7 +115,8 @@ def _entries(match: Match, pairs: Mapping[str, str], targets: Mapping[str, Layer
     reasons: dict[str, list[str]] = {}
     for target, by in _entries_of(entries, pairs).items():
         words = match.evidence.get(target, ())
-        reasons.setdefault(by, []).append(", ".join(words[:1] if by != target else words))
+        shown = words if by == target else [*words[:1], *(word for word in words[1:] if " differ" in word)]
+        reasons.setdefault(by, []).append(", ".join(shown))
     lines = []
     for key, value in entries.items():
         count = f"{len(reasons[key])} layers: " if is_pattern(key) and key not in pairs else ""

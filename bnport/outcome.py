@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport.containers.files import Digest, sha256
 from bnport.engines import run_layers
-from bnport.errors import MatchError, listed
+from bnport.errors import MatchError, listed, printable
 from bnport.layer import Layers
 from bnport.plan import WRITABLE
 from bnport.record import FIELDS
@@ -111,7 +111,7 @@ class Outcome:
             target=self.targets.source,
             out=out,
             layers=with_evidence(layers, self.match),
-            notes=said(self.sources, self.targets, self.match.pairs),
+            notes=said(self.sources, self.targets, self.match),
             not_run=not_run,
             left=left(self.match),
             sha256=hashed(self.digests, self.sources.files),
@@ -148,14 +148,26 @@ def paths(*models: Any) -> list[str]:
     return [p for p in (path_of(model) for model in models) if p is not None and os.path.isfile(p)]
 
 
-def said(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> list[str]:
-    """What was assumed of either side, and what their readers noted, once each."""
+def said(sources: Layers, targets: Layers, match: Match) -> list[str]:
+    """What was assumed of either side, what their readers noted, and what speaks against pairs by name, once each."""
     return [
-        *assumed(sources, pairs.values(), "--epsilon"),
+        *assumed(sources, match.pairs.values(), "--epsilon"),
         *sources.notes,
-        *assumed(targets, pairs, "--target-epsilon"),
+        *assumed(targets, match.pairs, "--target-epsilon"),
         *targets.notes,
+        *_against_names(match),
     ]
+
+
+def _against_names(match: Match) -> list[str]:
+    found = [
+        f"{printable(t)}: {words[0]}, but {differ}"
+        for t, words in match.evidence.items()
+        if words[:1] and words[0].startswith("equal names")
+        for differ in words
+        if differ.startswith("kernels differ")
+    ]
+    return found if len(found) < 4 else [f"{found[0]}; so it is for {len(found) - 1} more layers"]
 
 
 def assumed(layers: Layers, names: Iterable[str], flag: str) -> list[str]:

@@ -17,6 +17,7 @@ from bnport.cli import main
 from bnport.containers.files import Digest, sha256
 from bnport.errors import InvalidValue, MatchError, Unrepresentable
 
+from .match.making import layer, layers
 from .test_cli import DIGITS, PTH, TWIN
 
 OUTCOME = "bnport.outcome"
@@ -230,3 +231,19 @@ def test_a_keras_source_whose_call_was_replaced_is_run_and_not_called_the_same()
     report = bnport.convert(source, target)
     assert not report.ok
     assert "its call() was replaced" in str(report)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_that_kernels_differ_where_names_are_equal_is_said(count):
+    def net(kernel):
+        return layers(
+            *(layer(f"stem{n}", 8, kernel, mean=n) for n in range(count)), layer("bn", 8, (8, 8, 3, 3), mean=9)
+        )
+
+    report = bnport.verify(net((8, 12, 2, 2)), net((8, 3, 4, 4)))
+    assert report.ok
+    note = "stem0: equal names, but kernels differ: 8x12x2x2 in the source, 8x3x4x4 in the target"
+    assert [note for note in report.notes if "kernels" in note] == [
+        note + ("; so it is for 4 more layers" if count == 5 else "")
+    ]
+    assert bnport.verify(net((8, 3, 4, 4)), net((8, 3, 4, 4))).notes == ()

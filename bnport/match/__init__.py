@@ -72,10 +72,16 @@ def match(
     source = engine.Side(sources, [s for s in kept_s if s not in bad_s])
     target = engine.Side(targets, [t for t in kept_t if t not in bad_t])
     state = engine.align(source, target, forced, firm=set(mapped))
+    named = [target.index[t] for t in equal if t in target.index]
+    given = {t: f for t, f in forced.items() if t not in equal}
+    against = questions.contradicted(state, named, given, set(mapped))
     ambiguous, missing, unexpected = questions.undecided(state, rivals)
+    if against:
+        ambiguous.append(questions.names_or_rest(state, against))
+    decided = {i: t for i, t in enumerate(target.names) if i in state.back and i not in against}
     found = Match(
-        pairs={t: source.names[state.back[i]] for i, t in enumerate(target.names) if i in state.back},
-        evidence={t: (*state.why[i], *facts(state, i)) for i, t in enumerate(target.names) if i in state.back},
+        pairs={t: source.names[state.back[i]] for i, t in decided.items()},
+        evidence={t: (*state.why[i], *facts(state, i)) for i, t in decided.items()},
         missing=missing,
         unexpected=unexpected,
         mismatched=mismatched,

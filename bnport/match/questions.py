@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from bnport.errors import listed, printable
 from bnport.match import engine
+from bnport.match.facts import differ
 from bnport.match.result import Ambiguity
 
 if TYPE_CHECKING:
@@ -46,6 +47,35 @@ def certain(
     given = {target.index[t]: (source.index[s], why) for t, (s, why) in forced.items()}
     held = {t: pair for t, pair in given.items() if target.names[t] in firm}
     return engine.aligned(source, target, given, held, guesses=False, ordered=False, strict=True)
+
+
+def contradicted(
+    state: engine.Alignment, named: Sequence[int], forced: Mapping[str, tuple[str, str]], firm: set[str]
+) -> dict[int, int]:
+    """Targets whose pairs by equal names (`named`) known kernels or the two graphs contradict, and their sources.
+
+    They do where they are not alike in the pair, and are alike in another that follows from them without the names.
+    forced: all that is given beside the names.
+    """
+    doubtful = [t for t in named if differ(state, t)]
+    if not doubtful:
+        return {}
+    sure = certain(state.source, state.target, forced, firm)
+    return {
+        t: state.back[t] for t in doubtful if t in sure.back and sure.back[t] != state.back[t] and not differ(sure, t)
+    }
+
+
+def names_or_rest(state: engine.Alignment, against: Mapping[int, int]) -> Ambiguity:
+    """The question about what `contradicted` found."""
+    targets, sources = (
+        tuple(side.names[at] for at in found)
+        for side, found in ((state.target, against), (state.source, against.values()))
+    )
+    return Ambiguity(
+        targets, sources, "their names are equal, but the kernels that feed them, or their places in the graphs, are"
+        " those of others"
+    )  # fmt: skip
 
 
 def doubted(

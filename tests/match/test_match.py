@@ -519,3 +519,47 @@ def test_a_norm_that_is_defined_first_and_called_last_is_not_shifted_into_the_la
     found = match(in_order, target)  # defined where it is called: the order holds everywhere
     found.raise_if_bad()
     assert list(found.pairs.values()) == [*called, "norm"]
+
+
+def test_equal_names_that_known_kernels_contradict_are_asked_about():
+    source = layers(layer("bn2", 8, (8, 3, 3, 3), []), layer("bn1", 8, (8, 8, 3, 3), ["bn2"]), layer("c", 9))
+    target = layers(layer("bn1", 8, (8, 3, 3, 3), []), layer("bn2", 8, (8, 8, 3, 3), ["bn1"]), layer("c", 9))
+    found = match(source, target)
+    assert found.pairs == {"c": "c"}
+    (group,) = found.ambiguous
+    assert group.targets == group.sources == ("bn1", "bn2")
+    with pytest.raises(MatchError, match="names are equal, but the kernels"):
+        found.raise_if_bad()
+    match(source, target, map={"bn1": "bn1", "bn2": "bn2"}).raise_if_bad()  # the user knows better
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_equal_names_that_two_graphs_contradict_are_asked_about_and_without_a_graph_they_decide(graph):
+    """A U-Net of one width: `up1` is the deepest on one side and the highest on the other."""
+    names = ["down1", "down2", "down3", "up3", "up2", "up1"]
+
+    def net(names, drawn):
+        skips = {3: 2, 4: 1, 5: 0}
+        inputs = [[names[i - 1], *([names[skips[i]]] if i in skips else [])] if i else [] for i in range(len(names))]
+        return layers(*(layer(n, 8, None, i if drawn else None) for n, i in zip(names, inputs, strict=True)))
+
+    source, target = net([*names[:3], *reversed(names[3:])], graph), net(names, True)
+    found = match(source, target)
+    if not graph:  # names are all there is
+        assert all(t == s for t, s in found.pairs.items())
+        return
+    assert {t for group in found.ambiguous for t in group.targets} == {"up1", "up3"}
+    other = match(
+        source, layers(*(each.but(name=f"x{n}", inputs=[f"x{i}" for i in each.inputs]) for n, each in target.items()))
+    )
+    assert other.pairs["xup3"] == "up1"
+    assert other.pairs["xup1"] == "up3"
+
+
+def test_equal_names_whose_kernels_differ_from_all_others_too_stay():
+    found = match(
+        layers(layer("stem", 8, (8, 12, 2, 2)), layer("bn", 8, (8, 8, 3, 3))),
+        layers(layer("stem", 8, (8, 3, 4, 4)), layer("bn", 8, (8, 8, 3, 3))),
+    )
+    found.raise_if_bad()
+    assert found.pairs == {"stem": "stem", "bn": "bn"}
