@@ -125,14 +125,20 @@ class Match:
         if self.guessed:
             some = listed([f"{t} = {self.pairs[t]}" for t in self.guessed], 4)
             parts.append(f"of the {len(self.pairs)} other pairs {len(self.guessed)} are no more than likely ({some})")
-        why = " ".join(self.source_notes) + " " if self.missing and self.source_notes else ""
+        why = "".join(f"{note.rstrip('.')}. " for note in self.source_notes) if not self.complete else ""
         return "; ".join(parts) + ". " + why + self._advice()
 
     def _advice(self) -> str:
         advice = []
         if self.mismatched or self.ambiguous or (self.missing and self.unexpected):
             advice.append("say which belongs to which with --map (`bnport map` writes a draft)")
-        if not self.complete or self.mismatched:
+        by_name = any(words[:1] and words[0].startswith("equal names") for words in self.evidence.values())
+        if self.unexpected and by_name and not self.missing and not self.mismatched:
+            advice.append(
+                "leave what the target lacks out with --skip NAME: names alone paired the others, so it need not be"
+                f" {listed(self.unexpected, 1)}"
+            )
+        elif not self.complete or self.mismatched:
             one = [*self.missing, *self.unexpected, *(m.target for m in self.mismatched)][0]
             advice.append(f"leave layers out with --skip (for example --skip '{printable(one)}')")
         if self.prefixes and (self.ambiguous or not self.complete):

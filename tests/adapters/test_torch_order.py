@@ -1,13 +1,17 @@
-"""Files whose tensors are sorted by name: the order in which the modules were defined, as torch's own state dict shows it."""
+"""The order of modules: of definition in files that are sorted by name, as torch's own state dict shows it, and of calls."""
 
 from __future__ import annotations
 
+import pytest
 import safetensors.torch
 import torch
 
 from bnport.adapters import read
 from bnport.adapters.torch.order import as_defined, is_sorted
 from bnport.containers.safetensors import open_safetensors
+from bnport.errors import MatchError
+from bnport.layer import Layers
+from bnport.match import match
 from tests.zoo import torchvision
 
 
@@ -50,3 +54,23 @@ def test_children_go_by_number_then_kernel_before_norm_and_10_comes_after_9(tmp_
     path = str(tmp_path / "net.safetensors")
     safetensors.torch.save_file(net.state_dict(), path)
     assert modules(as_defined(open_safetensors(path)[0])[0]) == modules(net.state_dict())
+
+
+def test_a_layer_that_forward_never_calls_is_named_and_not_the_one_that_lacks_an_equal_name():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for n in (1, 2, 3, 4):
+                setattr(self, f"bn{n}", torch.nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return self.bn4(self.bn2(self.bn1(x)))
+
+    net = Net().eval()
+    layers = read(net)
+    (note,) = layers.notes
+    assert note == "forward() never calls bn3; a target without them pairs with --skip bn3"
+    twin = Layers([layers[old].but(name=new, inputs=()) for new, old in (("bn1", "bn1"), ("bn2", "bn2"), ("bn3", "bn4"))],
+                  source="twin", format="made")  # fmt: skip
+    with pytest.raises(MatchError, match=r"never calls bn3.*so it need not be bn4"):
+        match(layers, twin).raise_if_bad()

@@ -118,6 +118,10 @@ def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[L
                 kernel = module_kernel(model.get_submodule(fed_by), plain[fed_by]) if fed_by else None
             kernel = kernel and kernel._replace(guessed=False, refuted=False)
         layers.append(_layer(plain[name], module, where, inplace_abn, kernel, inputs, exported.get(id(module))))
+    if graph and (idle := [plain[name] for name in norms if name not in graph]):
+        notes.append(
+            f"forward() never calls {listed(idle, 3)}; a target without them pairs with --skip {printable(idle[0])}"
+        )
     others = sum(_is_instance_norm(module) for module in model.modules())
     if others:
         notes.append(INSTANCE_NORMS.format(others))
