@@ -237,8 +237,9 @@ def test_writing_a_shared_tensor_leaves_the_other_layer_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("framework", "layer"),
-    [("keras", "bn2"), ("keras", "bn3"), ("keras", "bn4"), ("keras", "bn5"), ("tf-keras", "bn4"), ("tf-keras", "bn5")],
-)
+    [("keras", "bn2"), ("keras", "bn3"), ("keras", "bn4"), ("keras", "bn5"), ("tf-keras", "bn4"), ("tf-keras", "bn5"),
+     ("tf-keras-norms", "bn3")],
+)  # fmt: skip
 def test_a_layer_exported_as_mul_and_add_is_the_same_function_and_says_what_is_lost(framework, layer):
     """(a, b) against the formula on Keras' own float32 arrays, each operation of the exporter within one rounding."""
     read = adapter.read(str(FIXTURES / f"{framework}.onnx"))
@@ -254,6 +255,83 @@ def test_a_layer_exported_as_mul_and_add_is_the_same_function_and_says_what_is_l
     assert found.record.epsilon == 0
     assert found.assumed == {"mean", "variance"}
     assert "statistics" in found.notes[0]
+
+
+def unexplained(path, norm, channels):
+    """The share of a normalization's output that no slope and intercept per channel make of its input, by onnxruntime."""
+    model = onnx.load(path)
+    nodes = {node.name: node for node in model.graph.node}
+    product, total = nodes[f"{norm}/batchnorm/mul_1"], nodes.get(f"{norm}/batchnorm/add_1")
+    ends = [product.input[0], (total or product).output[0]]
+    present = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=end) for end in ends if end not in present)
+    session = onnx_files.session(model)
+    random, shape = np.random.default_rng(0), (2, 8, 8, 3)
+    batches = random.normal(size=shape), random.exponential(3, size=shape)
+    runs = [session.run(ends, {"image": batch.astype(np.float32)}) for batch in batches]
+    x, y = (np.concatenate([run[k].reshape(-1, channels) for run in runs]).astype(np.float64) for k in (0, 1))
+    x, y = x - x.mean(0), y - y.mean(0)
+    rest = y - x * ((x * y).sum(0) / (x * x).sum(0))
+    return ((rest**2).sum(0) / (y**2).sum(0)).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "left_out"),
+    [
+        ("keras-training.onnx", [], {"small_1/bn1_1": 6}),
+        (
+            "tf-keras-norms.onnx",
+            ["norms/bn1/FusedBatchNormV3", "norms/bn3"],
+            {"norms/ln1": 6, "norms/ln2": 6, "norms/gn": 6, "norms/bn2": 5},
+        ),
+    ],
+)
+def test_what_normalizes_by_the_batch_or_the_instance_is_no_layer(name, kept, left_out):
+    """TensorFlow gives its operations the names of a BatchNorm, the product of its scale with a statistic among them."""
+    layers = adapter.read(str(FIXTURES / name))
+    assert list(layers) == kept
+    assert f"the instance (LayerNormalization, GroupNormalization): {', '.join(left_out)}." in layers.notes[-1]
+    for norm, channels in left_out.items():
+        assert unexplained(FIXTURES / name, norm, channels) > 1e-3
+    if "norms/bn3" in kept:
+        assert unexplained(FIXTURES / name, "norms/bn3", 5) < 1e-10
+        arrays, epsilon = theirs("tf-keras-norms", "bn1")
+        assert layers["norms/bn1/FusedBatchNormV3"].epsilon == epsilon
+        for field, array in arrays.items():
+            assert getattr(layers["norms/bn1/FusedBatchNormV3"].record, field).tobytes() == array.tobytes()
+
+
+def test_a_product_is_a_layer_only_where_nothing_else_is_left_of_its_batchnorm():
+    """A PyTorch module called batchnorm that divides by the root of its input's mean square; and a shift that comes later."""
+    from tests.adapters.contract import telling_record
+
+    record = telling_record()
+    gamma, beta = onnx_files.raw(record.gamma, "gamma"), onnx_files.raw(record.beta, "beta")
+
+    def part(op, inputs, output, name, **attributes):
+        return onnx.helper.make_node(op, inputs, [output], name=f"/batchnorm/{name}", **attributes)
+
+    root = [
+        part("Mul", ["x", "x"], "square", "Pow"),
+        part("ReduceMean", ["square"], "mean", "ReduceMean", axes=[1]),
+        part("Sqrt", ["mean"], "root", "Sqrt"),
+        part("Div", ["x", "root"], "unit", "Div"),
+        part("Mul", ["unit", "gamma"], "y", "Mul"),
+    ]
+    layers = adapter.read(onnx_files.graph_model(root, [gamma]))
+    assert list(layers) == []
+    assert "/batchnorm/Sqrt" in layers.notes[-1]
+    x = record.probes().astype(np.float32)
+    y = onnx_files.run(onnx_files.graph_model(root, [gamma]), x)
+    np.testing.assert_allclose(onnx_files.run(onnx_files.graph_model(root, [gamma]), 3 * x), y, rtol=1e-6)
+    later = [
+        part("Mul", ["x", "gamma"], "product", "mul_1"),
+        part("Identity", ["product"], "same", "mul_1__7"),
+        part("Add", ["same", "beta"], "y", "add_1"),
+    ]
+    assert list(adapter.read(onnx_files.graph_model(later, [gamma, beta]))) == []
+    (alone,) = adapter.read(onnx_files.graph_model([part("Mul", ["x", "gamma"], "y", "mul_1")], [gamma])).values()
+    np.testing.assert_array_equal(alone.record.affine()[0], record.gamma)
 
 
 def test_a_batchnorm_that_tf_keras_kept_is_read_as_it_is():

@@ -17,7 +17,8 @@ run time or computed from the batch has no stored numbers: the layer is listed w
 
 Exporters fold BatchNorm into convolutions by default; the notes say into which, as far as that shows, and how to export
 again. A Mul and an Add that TensorFlow's names mark as a BatchNorm (tf2onnx) are read as a layer with mean 0, variance 1
-and epsilon 0: the same function; the statistics are lost, and such a layer cannot be written.
+and epsilon 0: the same function; the statistics are lost, and such a layer cannot be written. Where those names are of more
+than the Mul and the Add (training=True, LayerNormalization, GroupNormalization), there is no such layer, and a note says so.
 
 External data is read from the model's own folder only, never through a link. A written model holds its changed tensors
 inside itself; the data file is left alone and must lie beside the new model.
@@ -31,7 +32,7 @@ from __future__ import annotations
 import os
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.errors import BnportError, InvalidValue, printable
+from bnport.errors import BnportError, InvalidValue, listed, printable
 from bnport.layer import Layers
 
 if TYPE_CHECKING:
@@ -77,11 +78,16 @@ def read(source: Any, *, folder: str | None = None, stat: str | None = None) -> 
     opened = _open(source, folder)
     found = walk.Walk(opened)
     names = layers.names(found.found)
-    listed = []
+    made = []
     for name, each in zip(names, found.found, strict=True):
         inputs = tuple(names[k] for k in sorted(each.inputs)) if found.graph_known else None
-        listed.append(layers.layer_of(each, name, opened.source, inputs, stored=stat is not None))
+        made.append(layers.layer_of(each, name, opened.source, inputs, stored=stat is not None))
     notes = folded.notes(found)
+    if found.of_batch:
+        notes.append(
+            "Left out, as mean and variance are computed from the batch (BatchNormalization with training=True) or the"
+            f" instance (LayerNormalization, GroupNormalization): {listed(found.of_batch)}."
+        )
     if found.foreign:
         shown = found.foreign[0]
         notes.append(
@@ -89,7 +95,7 @@ def read(source: Any, *, folder: str | None = None, stat: str | None = None) -> 
             f" ONNX's own, were left out ({printable(shown.shown)}, ...)."
         )
     files = opened.graph.files(opened.folder) if opened.folder is not None else []
-    return Layers(listed, source=opened.source, format="onnx", notes=notes, files=files)
+    return Layers(made, source=opened.source, format="onnx", notes=notes, files=files)
 
 
 def _open(source: Any, folder: str | None = None) -> Model:

@@ -164,11 +164,11 @@ def _of_node(scope: Scope, node: Node, steps: int) -> Known | Unknown:
         found = _FOLLOWED[node.op](scope, node, steps)
         return found._replace(through=(*found.through, node.op)) if isinstance(found, Known) else found
     return Unknown(
-        f"is computed at run time by {printable(node.op)} (node {printable(node.shown)!r})", _of_batch(scope, node)
+        f"is computed at run time by {printable(node.op)} (node {printable(node.shown)!r})", of_batch(scope, node)
     )
 
 
-def _of_batch(scope: Scope, node: Node) -> bool:
+def of_batch(scope: Scope, node: Node) -> bool:
     """Whether a reduction lies within a few nodes above: then it is a statistic of the batch."""
     level = [(scope, node)]
     for _ in range(8):

@@ -5,9 +5,11 @@ A function that is called twice is two places. Along the way it is noted which l
 
 from __future__ import annotations
 
+from collections import Counter
+
 from bnport._lazy import TYPE_CHECKING, NamedTuple
 from bnport.adapters.onnx.model import MOST_NODES, Graph
-from bnport.adapters.onnx.scope import Known, Scope
+from bnport.adapters.onnx.scope import Known, Scope, of_batch
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 BATCHNORM = "BatchNormalization"
 AFFINE_MARK = "/batchnorm/"  # TensorFlow's name scope of the operations that make up a BatchNorm, kept by tf2onnx
+_ARITHMETIC = ("Add", "Div", "Mul", "Neg", "Reciprocal", "Sqrt", "Sub")  # those operations, as far as none is folded
 DEEPEST = 40  # graphs within graphs, functions within functions
 MOST_SCOPES = 20_000  # calls and subgraphs entered; a function that calls another twice doubles at every level
 _MOST_REACHING = 2_000_000  # names in all of `inputs`; past that the graph is not evidence anybody can use
@@ -46,8 +49,9 @@ class Walk:
         self.scopes: list[Scope] = []
         self.weighted: list[tuple[Scope, Node]] = []
         self.foreign: list[Node] = []  # nodes of that name in another domain
+        self.of_batch: list[str] = []  # normalisations by TensorFlow's names that compute their statistics: no layers
         self.entered = _with_batchnorm(model)  # functions; others are passed over
-        self._added: dict[Scope, set[str]] = {}
+        self._left: dict[Scope, Counter[str | None]] = {}  # the arithmetic of each BatchNorm by TensorFlow's names
         self._visited = 0
         self._reaching = 0
         self.main = Scope(model, model.graph, opset=model.opset)
@@ -77,10 +81,12 @@ class Walk:
                 continue
             elif node.domain == "" and node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
                 self.weighted.append((scope, node))
-            elif node.domain == "" and node.op in ("Add", "Mul") and _marked(node):
+            elif node.domain == "" and node.op in ("Add", "Mul") and _part_of(node) is not None:
                 affine = _affine(scope, node) if node.op == "Add" else self._without_intercept(scope, node)
                 if affine is not None:
                     reaching = self._add(Found(node, scope, reaching, affine))
+            elif node.domain == "" and node.op == "Sqrt" and _part_of(node) is not None and of_batch(scope, node):
+                self.of_batch.append(scope.label + (_part_of(node) or node.shown))
             elif node.op == BATCHNORM:
                 self.foreign.append(node)
             for label, place in node.subgraphs():
@@ -103,12 +109,11 @@ class Walk:
         return frozenset().union(*distinct.values()) if self.graph_known else frozenset()
 
     def _without_intercept(self, scope: Scope, mul: Node) -> Affine | None:
-        """The affine of a marked Mul whose product no marked Add takes."""
-        if scope not in self._added:
-            adds = (node for node in scope.graph.nodes if node.op == "Add" and _marked(node))
-            self._added[scope] = {name for node in adds for name in node.inputs}
+        """The affine of a Mul that is all that is left of its BatchNorm: what computes statistics too is no affine."""
+        if scope not in self._left:
+            self._left[scope] = Counter(_part_of(node) for node in scope.graph.nodes if node.op in _ARITHMETIC)
         factor = _slope(scope, mul)
-        return Affine(*factor, None) if factor and not self._added[scope] & set(mul.outputs) else None
+        return Affine(*factor, None) if factor and self._left[scope][_part_of(mul)] == 1 else None
 
     def _subgraph(
         self, scope: Scope, node: Node, label: str, graph: Graph, reaching: frozenset[int], depth: int
@@ -177,8 +182,9 @@ def _reach(scope: Scope, name: str) -> frozenset[int]:
     return frozenset()
 
 
-def _marked(node: Node) -> bool:
-    return any(AFFINE_MARK in name for name in (node.name, *node.outputs))
+def _part_of(node: Node) -> str | None:
+    """The BatchNorm of which TensorFlow's names say that the node is a part; None if they say nothing."""
+    return next((n.rpartition(AFFINE_MARK)[0] for n in (node.name, *node.outputs) if AFFINE_MARK in n), None)
 
 
 def _slope(scope: Scope, mul: Node) -> tuple[str, str] | None:
@@ -193,7 +199,7 @@ def _affine(scope: Scope, add: Node) -> Affine | None:
     """x * slope + intercept, if `add` is the end of one by TensorFlow's names."""
     for product, intercept in (add.inputs, add.inputs[::-1]) if len(add.inputs) == 2 else ():
         mul = scope.producers.get(product)
-        if mul is None or mul.op != "Mul" or mul.domain or not _marked(mul):
+        if mul is None or mul.op != "Mul" or mul.domain or _part_of(mul) != _part_of(add):
             continue
         factor = _slope(scope, mul)
         if factor and isinstance(scope.constant(intercept), Known):
