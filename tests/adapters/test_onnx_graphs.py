@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from onnx import TensorProto, helper
 
@@ -39,6 +40,36 @@ def test_a_layer_in_a_branch_is_read_written_and_named_after_it(tmp_path):
     adapter.write(path, {"choose/then_branch/bn": Change(new, frozenset({*FIELDS, "epsilon"}))}, out)
     assert_within_bound(onnx_files.run(out, x), new, x)
     assert_same_bits(adapter.read(out)["choose/else_branch/bn"].record, other.replace(gamma=record.gamma))
+
+
+def test_a_name_that_nested_graphs_define_is_no_parameter_and_no_tensor_to_change(tmp_path):
+    """onnx's reference takes the outer one here, and what onnxruntime takes depends on the rest of the model."""
+    record, other, new = telling_record(), telling_record(seed=1), telling_record(seed=8)
+    branches = []
+    for k, own in enumerate(([], [onnx_files.raw(other.gamma, "gamma")])):
+        node = norm(y=f"y{k}", epsilon=record.epsilon)
+        branches.append(helper.make_graph([node], "branch", [], [info(f"y{k}", FLOAT, "N", 7)], own))
+    node = helper.make_node("If", ["cond"], ["y"], name="choose", then_branch=branches[0], else_branch=branches[1])
+    made = graph_model([node], tensors(record), inputs=[info("cond", TensorProto.BOOL)])
+    onnx.checker.check_model(made, full_check=True)  # does not see it
+    path, out = str(tmp_path / "m.onnx"), str(tmp_path / "out.onnx")
+    onnx.save(made, path)
+    layers = adapter.read(path)
+    assert_same_bits(layers["choose/then_branch/bn"].record, record)
+    with pytest.raises(InvalidValue, match="gamma is 'gamma', a name that a graph and one within it define"):
+        layers["choose/else_branch/bn"].record  # noqa: B018
+    for branch in ("then", "else"):
+        with pytest.raises(InvalidValue, match="gamma is 'gamma', a name that a graph and one within it define"):
+            adapter.write(path, {f"choose/{branch}_branch/bn": Change(new, frozenset({"gamma"}))}, out)
+    adapter.write(path, {"choose/then_branch/bn": Change(new, frozenset(FIELDS[1:]))}, out)
+    x = record.probes().astype(np.float32)
+    for run in (onnx_files.session, onnx.reference.ReferenceEvaluator):
+        (then, before), (changed, after) = (
+            [run(file).run(None, {"x": x, "cond": np.array(cond)})[0] for cond in (True, False)] for file in (path, out)
+        )
+        assert_within_bound(then, record, x)
+        assert_within_bound(changed, new.replace(gamma=record.gamma, epsilon=record.epsilon), x)
+        assert after.tobytes() == before.tobytes()
 
 
 def test_a_layer_in_a_loop_is_read_and_an_input_of_the_loop_is_not_a_constant():

@@ -162,7 +162,7 @@ def _refusal(unknown: Mapping[str, Unknown]) -> str:
             " instance), so there are no stored statistics; bnport convert --calibrate DATA (or bnport calibrate) makes"
             " some from data, or skip the layer"
         )
-    return f"cannot be converted: {fields} {first.why}; store it in the file as an initializer, or skip the layer"
+    return f"cannot be converted: {fields} {first.why}; store it in the file as an initializer of its own, or skip the layer"
 
 
 def _training(found: Found, where: str) -> bool:

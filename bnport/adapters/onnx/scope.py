@@ -106,6 +106,15 @@ class Scope:
             else:
                 scope = scope.parent
 
+    def around(self, name: str) -> Scope | None:
+        """The next graph around this one that defines the name too, which ONNX forbids; None if there is none."""
+        at = self.parent
+        while at is not None and not (
+            name in at.producers or name in at.graph.names or name in at.graph.sparse or name in at.graph.inputs
+        ):
+            at = at.parent
+        return at
+
     def constant(self, name: str) -> Known | Unknown:
         """The constant that a name stands for. FormatError for a name that nothing defines, or damaged tensors."""
         return self._constant(name, MOST_STEPS)
@@ -114,6 +123,8 @@ class Scope:
         scope, name = self.origin(name)
         if steps == 0:
             return Unknown(f"lies behind more than {MOST_STEPS} nodes")
+        if scope.around(name) is not None:
+            return Unknown(defined_twice(name))
         stored = scope.graph.initializer(name)
         if stored is not None and name not in scope.producers:
             return _as_stored(stored, scope.model.folder)
@@ -134,6 +145,11 @@ class Scope:
         if found is not None and found.reference:
             return self.attributes.get(found.reference)
         return found
+
+
+def defined_twice(name: str) -> str:
+    """What is wrong with a name that `Scope.around` finds."""
+    return f"is {printable(name)!r}, a name that a graph and one within it define: engines differ in which counts"
 
 
 def _producers(graph: Graph) -> dict[str, Node]:

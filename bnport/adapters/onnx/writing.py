@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.onnx import layers, model, walk
-from bnport.adapters.onnx.scope import Known
+from bnport.adapters.onnx.scope import Known, defined_twice
 from bnport.adapters.onnx.tensors import DTYPES, EXTERNAL
 from bnport.containers.patch import Patch
 from bnport.containers.protobuf import Buffer, Edit, encoded, extents, field_start, splice, spliced
@@ -85,6 +85,7 @@ class _Plan:
         self.model = opened
         self.walk = walk.Walk(opened)
         self.found = layers.named(self.walk.found)
+        self.twice: set[tuple[int, str]] = set()  # (id of a graph, name) that a graph within defines too
         self.uses = self._uses()
         self.taken = {name for scope in self.walk.scopes for name in (*scope.graph.names, *scope.producers)}
         self.taken.update(name for scope in self.walk.scopes for name in scope.graph.inputs)
@@ -105,6 +106,10 @@ class _Plan:
                 at, origin = scope.origin(name)
                 key = (id(at.graph), origin)
                 uses[key] = uses.get(key, 0) + 1
+                around = at.around(origin)
+                while around is not None:
+                    self.twice.add((id(around.graph), origin))
+                    around = around.around(origin)
         return uses
 
     def edits(self, changes: Mapping[str, Change]) -> list[Edit]:
@@ -143,6 +148,8 @@ class _Plan:
         if not np.array_equal(back.astype(np.float64), array.astype(np.float64)):
             raise InvalidValue(f"{where}: {field} cannot be held as {value.dtype}; round it first")
         at, origin = found.scope.origin(found.node.inputs[position])
+        if (id(at.graph), origin) in self.twice:
+            raise InvalidValue(f"{where}: its {field} {defined_twice(origin)}; rename one of the two first")
         if value.stored is not None and not value.through and self.uses.get((id(at.graph), origin)) == 1:
             self._in_place(value.stored, value.dtype, data)
         elif found.scope.function:
