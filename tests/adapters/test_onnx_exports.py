@@ -258,7 +258,7 @@ def test_a_layer_exported_as_mul_and_add_is_the_same_function_and_says_what_is_l
 
 
 def unexplained(path, norm, channels):
-    """The share of a normalization's output that no slope and intercept per channel make of its input, by onnxruntime."""
+    """The share of a normalization's output, by onnxruntime, that no slope and intercept per channel make of its input."""
     model = onnx.load(path)
     nodes = {node.name: node for node in model.graph.node}
     product, total = nodes[f"{norm}/batchnorm/mul_1"], nodes.get(f"{norm}/batchnorm/add_1")
@@ -302,7 +302,7 @@ def test_what_normalizes_by_the_batch_or_the_instance_is_no_layer(name, kept, le
 
 
 def test_a_product_is_a_layer_only_where_nothing_else_is_left_of_its_batchnorm():
-    """A PyTorch module called batchnorm that divides by the root of its input's mean square; and a shift that comes later."""
+    """A PyTorch module called batchnorm that divides by the root of the mean square; and a shift that comes later."""
     from tests.adapters.contract import telling_record
 
     record = telling_record()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test.case import node as node_cases
@@ -289,6 +290,78 @@ def test_a_layer_is_written_whose_parameters_come_through(way, tmp_path):
     adapter.write(path, {layer.name: Change(new, frozenset({"beta", "mean"}))}, out)
     (again,) = adapter.read(out).values()
     assert_same_bits(again.record, record.replace(beta=new.beta, mean=new.mean))
+
+
+def halved(like, before=(), initializers=(), record=None):
+    """A float16 model whose float32 parameters are cast to the type of the value `like`."""
+    record = telling_record() if record is None else record
+    casts = [helper.make_node("CastLike", [field, like], [f"{field}16"]) for field in FIELDS]
+    nodes = [*before, *casts, norm([f"{field}16" for field in FIELDS], epsilon=record.epsilon)]
+    made = graph_model(nodes, [*tensors(record), *initializers])
+    for value in (*made.graph.input, *made.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return made
+
+
+def stated():
+    """way -> a model that states the type which CastLike casts to."""
+    same = helper.make_node("Identity", ["x"], ["h"])
+    made = {
+        "a graph input": halved("x"),
+        "an initializer": halved("one", (), [onnx_files.raw(np.ones(1, "f2"), "one")]),
+    }
+    declared = made["another value"] = halved("h", [same])
+    declared.graph.value_info.append(onnx_files.info("h", TensorProto.FLOAT16, "N", 7))
+    body = halved("x").graph.node
+    function = helper.make_function("own", "Norm", ["x", *FIELDS], ["y"], body, [helper.make_opsetid("", 15)])
+    called = made["an argument of a function"] = halved("x")
+    del called.graph.node[:]
+    called.graph.node.extend([same, helper.make_node("Norm", ["h", *FIELDS], ["y"], domain="own")])
+    called.graph.value_info.extend(declared.graph.value_info)
+    called.functions.append(function)
+    called.opset_import.append(helper.make_opsetid("own", 1))
+    return made
+
+
+STATED = stated()
+
+
+@pytest.mark.parametrize("way", STATED)
+def test_castlike_rounds_to_the_type_of(way, tmp_path):
+    """As onnxruntime does where a model gives the cast values out, and as onnx's reference does in the whole network."""
+    made, record = STATED[way], telling_record()
+    onnx.checker.check_model(made, full_check=True)
+    x = record.probes().astype(np.float16)
+    casts = halved("x")
+    del casts.graph.node[-1], casts.graph.output[:]
+    casts.graph.output.extend(onnx_files.info(f"{field}16", TensorProto.FLOAT16, 7) for field in FIELDS)
+    values = dict(zip(FIELDS, onnx_files.session(casts).run(None, {"x": x}), strict=True))
+    onnx.save(made, tmp_path / "m.onnx")
+    for source in (made, str(tmp_path / "m.onnx")):
+        (layer,) = adapter.read(source).values()
+        assert layer.dtype == "float16"
+        for field, value in values.items():
+            assert getattr(layer.record, field).tobytes() == value.astype(np.float32).tobytes()
+    plain = halved("x")
+    del plain.graph.node[:-1], plain.graph.initializer[:]
+    plain.graph.initializer.extend(onnx_files.raw(value, f"{field}16") for field, value in values.items())
+    y, expected = (onnx.reference.ReferenceEvaluator(each).run(None, {"x": x})[0] for each in (made, plain))
+    assert y.tobytes() == expected.tobytes()
+
+
+def test_castlike_to_a_type_that_the_file_does_not_state_is_refused_but_for_values_that_every_type_holds():
+    same = helper.make_node("Identity", ["x"], ["h"])
+    made = halved("h", [same])
+    (layer,) = adapter.read(made).values()
+    with pytest.raises(
+        InvalidValue, match=r"is cast to the type of 'h' .*not state \(onnx.shape_inference.infer_shapes"
+    ):
+        layer.record  # noqa: B018
+    (layer,) = adapter.read(onnx.shape_inference.infer_shapes(made)).values()
+    assert layer.record.mean.tobytes() == telling_record().mean.astype(np.float16).astype(np.float32).tobytes()
+    plain = telling_record().replace(gamma=np.ones(7), beta=np.zeros(7), mean=np.full(7, 0.5), variance=np.full(7, 2))
+    (layer,) = adapter.read(halved("h", [same], record=plain)).values()
+    assert_same_bits(layer.record, plain)
 
 
 def test_only_the_position_of_an_input_says_what_it_is():

@@ -12,13 +12,14 @@
     spatial=0 (1-8)                             one value per channel: taken as spatial=1; per position: refused
 
 Only the position of an input counts. Values are followed through initializers, Constant, Identity, Cast, CastLike,
-ConstantOfShape, Expand, Reshape, Squeeze, Unsqueeze, Flatten and Transpose, out of functions and subgraphs. What is fed at
-run time or computed from the batch has no stored numbers: the layer is listed with the reason, and not converted.
+ConstantOfShape, Expand, Reshape, Squeeze, Unsqueeze, Flatten and Transpose, out of functions and subgraphs. What is fed
+at run time or computed from the batch has no stored numbers, nor has what is cast to a type that the file does not state,
+or called by a name that nested graphs share: the layer is listed with the reason, and not converted.
 
 Exporters fold BatchNorm into convolutions by default; the notes say into which, as far as that shows, and how to export
 again. A Mul and an Add that TensorFlow's names mark as a BatchNorm (tf2onnx) are read as a layer with mean 0, variance 1
-and epsilon 0: the same function; the statistics are lost, and such a layer cannot be written. Where those names are of more
-than the Mul and the Add (training=True, LayerNormalization, GroupNormalization), there is no such layer, and a note says so.
+and epsilon 0: the same function; the statistics are lost, and such a layer cannot be written. Those names are also of
+what computes its statistics (training=True, LayerNormalization, GroupNormalization): no layer, and a note says so.
 
 External data is read from the model's own folder only, never through a link. A written model holds its changed tensors
 inside itself; the data file is left alone and must lie beside the new model.

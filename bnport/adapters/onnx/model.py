@@ -12,7 +12,7 @@ from bnport.containers.protobuf import FIXED32, LENGTH, VARINT, Buffer, Numbers,
 from bnport.errors import FormatError, InvalidValue, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, KeysView
+    from collections.abc import Callable, Iterable, Iterator, KeysView
     from typing import Any
 
     from bnport.containers.protobuf import Span, Value
@@ -205,7 +205,7 @@ def _key_and_value(place: Place) -> tuple[str, str]:
 class Graph:
     """A GraphProto or the body of a function: its nodes, and its initializers by name, none of them read."""
 
-    __slots__ = ("_initializers", "_stored", "inputs", "nodes", "outputs", "place", "sparse")
+    __slots__ = ("_initializers", "_kinds", "_stored", "declared", "inputs", "nodes", "outputs", "place", "sparse")
 
     def __init__(self, place: Place, *, function: bool = False) -> None:
         self.place = place
@@ -215,7 +215,10 @@ class Graph:
         self.sparse: set[str] = set()
         self._initializers: dict[str, Callable[[], Place] | None] = {}
         self._stored: dict[str, Stored] = {}
-        node, inputs, outputs = (7, 4, 5) if function else (1, 11, 12)
+        self._kinds: dict[str, int] | None = None
+        values: list[Value] = []
+        self.declared: Callable[[], Iterable[Place]] = lambda: map(place.inner, values)  # what says the types of values
+        node, inputs, outputs, typed = (7, 4, 5, (12,)) if function else (1, 11, 12, (11, 12, 13))
         for number, _, value in place.fields():
             if number == node:
                 self.nodes.append(Node(place.inner(value)))
@@ -232,6 +235,14 @@ class Graph:
             elif number == 15 and not function:
                 sparse = place.inner(value)
                 self.sparse.update(_name_of(sparse.inner(v), 8) for n, _, v in sparse.fields() if n == 1)
+            if number in typed:
+                values.append(value)
+
+    def kind(self, name: str) -> int:
+        """The data type that the graph declares for a value; 0 where it declares none."""
+        if self._kinds is None:
+            self._kinds = dict(map(_kind_of, self.declared()))
+        return self._kinds.get(name, 0)
 
     def add_initializer(self, name: str, place: Callable[[], Place] | None) -> None:
         """Note that there is one, and how to get at it later; FormatError if there is one of that name already."""
@@ -268,6 +279,17 @@ def _name_of(place: Place, field: int) -> str:
         if number == field:
             name = place.text(value)
     return name
+
+
+def _kind_of(place: Place) -> tuple[str, int]:
+    """(name, data type) of a ValueInfoProto; 0 where it is no tensor, or of any type."""
+    kind = 0
+    for number, _, value in place.fields():
+        if number == 2:
+            of_value = place.inner(value)
+            tensors = [of_value.inner(v) for n, _, v in of_value.fields() if n == 1]
+            kind = next((t.integer(v, 32) for t in tensors for n, _, v in t.fields() if n == 1), 0)
+    return _name_of(place, 1), kind
 
 
 class Function(NamedTuple):
@@ -386,5 +408,9 @@ def of_live(proto: Any, folder: str | None) -> Model:
         graph.add_initializer(tensor.name, lambda t=tensor: whole(Buffer(t.SerializeToString(), name)))  # type: ignore[misc]
     graph.inputs = [value.name for value in proto.graph.input]
     graph.outputs = [value.name for value in proto.graph.output]
+    graph.declared = lambda: (
+        whole(Buffer(value.SerializeToString(), name))
+        for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info)
+    )
     graph.sparse = {sparse.values.name for sparse in proto.graph.sparse_initializer}
     return Model(whole(Buffer(frame.SerializeToString(), name)), name, folder, graph)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bnport.record import Array
 
 MOST_STEPS = 64  # nodes between a BatchNormalization and the tensor that it uses
+_MOST_COMPARED = 1 << 16  # values looked at while a model is only listed
 
 # what nodes on the way to a mean or variance say when there is no constant at the end
 _OF_THE_BATCH = {
@@ -139,6 +140,12 @@ class Scope:
             return Unknown(f"is fed at run time ({where} {printable(name)!r})")
         raise _bad(scope, f"nothing defines {printable(name)!r}: no initializer, node or input of that name")
 
+    def kind(self, name: str) -> int:
+        """The data type of a value, 0 where the file does not state it."""
+        scope, name = self.origin(name)
+        stored = scope.graph.initializer(name)
+        return scope.graph.kind(name) if stored is None else stored.kind
+
     def attribute(self, node: Node, name: str) -> Attribute | None:
         """A node's attribute, through the call where it stands for one of the function's."""
         found = node.attributes.get(name)
@@ -246,9 +253,34 @@ def _floats(numbers: Numbers) -> Array:
 def _cast(scope: Scope, node: Node, steps: int) -> Known | Unknown:
     found = _input(scope, node, 0, steps)
     to = scope.attribute(node, "to")
+    return _rounded(found, node, to.i if to is not None and to.i is not None else -1)
+
+
+def _cast_like(scope: Scope, node: Node, steps: int) -> Known | Unknown:
+    found = _input(scope, node, 0, steps)
+    like = node.inputs[1] if len(node.inputs) > 1 else ""
+    kind = scope.kind(like)
+    if kind or isinstance(found, Unknown):
+        return _rounded(found, node, kind)
+    if _the_same_in_every_type(found):
+        return found
+    return Unknown(
+        f"is cast to the type of {printable(like)!r} (node {printable(node.shown)!r}), which the file does not state"
+        " (onnx.shape_inference.infer_shapes adds it)"
+    )
+
+
+def _the_same_in_every_type(found: Known) -> bool:
+    """Whether the values are exact in every floating-point type, as 0 and 1 are, which exporters write for affine=False."""
+    if found.dtype not in FLOATS or (found.size or 1) > _MOST_COMPARED:
+        return False
+    array = found.array()
+    return all(np.array_equal(round_to(array, dtype), array) for dtype in FLOATS)
+
+
+def _rounded(found: Known | Unknown, node: Node, kind: int) -> Known | Unknown:
     if isinstance(found, Unknown):
         return found
-    kind = to.i if to is not None and to.i is not None else -1
     if DTYPES.get(kind) == found.dtype:
         return found
     if DTYPES.get(kind) not in FLOATS:
@@ -323,7 +355,7 @@ def _transpose(scope: Scope, node: Node, steps: int) -> Known | Unknown:
 
 
 _FOLLOWED = {
-    "Identity": _pass, "CastLike": _pass, "Constant": _constant_node, "Cast": _cast,
+    "Identity": _pass, "CastLike": _cast_like, "Constant": _constant_node, "Cast": _cast,
     "Expand": _expand, "ConstantOfShape": _constant_of_shape, "Reshape": _flat, "Squeeze": _flat, "Unsqueeze": _flat,
     "Flatten": _flat, "Transpose": _transpose,
 }  # fmt: skip
