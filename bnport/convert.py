@@ -14,7 +14,7 @@ from bnport import adapters
 from bnport.containers.files import check_output, replace_file
 from bnport.containers.in_place import change, check_changeable
 from bnport.engines import engine_of, run_layers
-from bnport.errors import FormatError, InvalidValue, printable
+from bnport.errors import FormatError, InvalidValue, Question, printable
 from bnport.layer import Change, Layers
 from bnport.outcome import Outcome, assumed, hashed, hashing, left, path_of, paths, said, with_evidence
 from bnport.plan import WRITABLE, chosen, plan
@@ -310,11 +310,19 @@ def pair(
     skip: Iterable[str] = (),
     only_under: str | None = None,
 ) -> Match:
-    """Which source layer belongs to which target layer: bnport.match.match, and MatchError unless every layer has its pair."""
+    """Which source layer belongs to which target layer, by bnport.match.match.
+
+    Raises MatchError unless every layer has its pair, Question where the epsilon of one of them has to be asked for.
+    """
     from bnport.match import match
 
     found = match(sources, targets, map=map, skip=skip, only_under=only_under)
     found.raise_if_bad()
+    for layers, names in ((sources, found.pairs.values()), (targets, found.pairs)):
+        asked = [name for name in names if layers[name].question]
+        if asked:
+            more = f" (and {len(asked) - 1} more layers)" if len(asked) > 1 else ""
+            raise Question(f"{printable(layers.source)}: {printable(asked[0])}{more}: {layers[asked[0]].question}")
     return found
 
 

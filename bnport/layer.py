@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING, NamedTuple, Protocol
-from bnport.errors import FormatError, InvalidValue, printable
+from bnport.errors import FormatError, InvalidValue, Question, printable
 from bnport.record import FIELDS, BatchNorm, checked_epsilon
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Layer:
 
     name:      in the source's own words, unique there.
     channels:  C.
-    epsilon:   as stored, or the framework's default, then "epsilon" is in `assumed`.
+    epsilon:   as stored, or the framework's default: then "epsilon" is in `assumed`, or there is a `question`.
     momentum:  the fraction of the OLD value kept (Keras' meaning; 1 - torch's). None: unknown, or a cumulative average.
     stores:    what the source itself holds for this layer and could hold if written to: of gamma, beta, mean,
                variance, epsilon, momentum. Without "gamma" the layer has scale=False, without "beta" center=False.
@@ -61,6 +61,8 @@ class Layer:
     kernel:    the weights that feed the layer, where known.
     inputs:    names of the BatchNorm layers whose outputs reach this one with no BatchNorm between; None: no graph known.
     notes:     what a user should know about this layer ("training mode", "epsilon of a traced graph", ...).
+    question:  what to ask the user where the source holds epsilons and does not say which is the layer's; "" where it
+               does, or holds none. Such a layer has no record.
     without:   why the source stores no mean and variance for this layer; "" where it does. Such a layer has no record.
     own_code:  whether a live layer runs code that is its user's own: its numbers may not be all of what it computes, and
                convert runs it to see. The code of a layer in a file is never run.
@@ -69,7 +71,7 @@ class Layer:
 
     __slots__ = (
         "_record", "assumed", "channels", "dtype", "epsilon", "inputs", "kernel", "load", "momentum", "name", "notes",
-        "own_code", "stores", "tensors", "untrained", "without",
+        "own_code", "question", "stores", "tensors", "untrained", "without",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +89,7 @@ class Layer:
         kernel: Kernel | None = None,
         inputs: tuple[str, ...] | None = None,
         notes: Iterable[str] = (),
+        question: str = "",
         without: str = "",
         own_code: bool = False,
         untrained: bool = False,
@@ -111,6 +114,7 @@ class Layer:
                 f"epsilon {float(epsilon)!r} is taken for {self.epsilon!r};"
                 " an engine that computes in float64 tells them apart, by up to 3e-8 of the output",
             )
+        self.question = question
         self.without = without
         self.own_code = own_code
         self.untrained = untrained
@@ -122,9 +126,14 @@ class Layer:
 
     @property
     def record(self) -> BatchNorm:
-        """The validated record; read at the first call, then kept. Raises InvalidValue that names the layer."""
+        """The validated record; read at the first call, then kept.
+
+        Raises InvalidValue that names the layer, Question where its epsilon has to be asked for.
+        """
         if self._record is not None:
             return self._record
+        if self.question:
+            raise Question(f"{printable(self.name)}: {self.question}")
         if self.without:
             raise InvalidValue(f"{printable(self.name)}: {self.without}")
         try:

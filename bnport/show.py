@@ -45,14 +45,15 @@ def summarise(layer: Layer, *, values: bool = True) -> Summary:
 
     A layer whose numbers cannot be read becomes a warning, so that the rest of the listing still comes.
     """
+    notes = (*layer.notes, *((layer.question,) if layer.question else ()))
     if not values:
-        return Summary(layer, {}, layer.notes)
+        return Summary(layer, {}, notes)
     try:
         ranges = _ranges(layer)
     except BnportError as error:
-        return Summary(layer, {}, (*layer.notes, str(error)))
+        return Summary(layer, {}, (*notes, str(error)))
     without = (layer.without,) if layer.without else ()
-    return Summary(layer, ranges, (*layer.notes, *without, *_health(layer, ranges)))
+    return Summary(layer, ranges, (*notes, *without, *_health(layer, ranges)))
 
 
 def _ranges(layer: Layer) -> dict[str, Range]:
@@ -97,7 +98,9 @@ def _health(layer: Layer, ranges: dict[str, Range]) -> list[str]:
     if variance and mean:
         if mean.zero == mean.size and variance.one == variance.size and not layer.untrained:
             warnings.append("untrained: mean is 0 and variance is 1 in every channel")
-        if variance.low + layer.epsilon <= 0:
+        if layer.question:
+            pass  # what follows depends on epsilon
+        elif variance.low + layer.epsilon <= 0:
             warnings.append(f"variance {variance.low:.3g} + epsilon {layer.epsilon!r} is not positive")
         elif variance.negative:
             warnings.append(f"{variance.negative} negative variances (legal: variance + epsilon is positive)")

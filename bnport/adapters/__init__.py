@@ -226,14 +226,14 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
         if collecting:
             gc.enable()
     if epsilon is not None:
-        held = [layer.name for layer in layers.values() if "epsilon" not in layer.assumed]
+        held = [layer.name for layer in layers.values() if "epsilon" not in layer.assumed and not layer.question]
         if held:
             raise InvalidValue(
                 f"{layers.source} holds the epsilon of {len(held)} layers itself ({listed(held, 3)}); --epsilon is for"
                 " sources that do not"
             )
         for name, layer in layers.items():
-            layers[name] = layer.but(epsilon=epsilon, assumed=layer.assumed - {"epsilon"})
+            layers[name] = layer.but(epsilon=epsilon, assumed=layer.assumed - {"epsilon"}, question="")
     return layers
 
 

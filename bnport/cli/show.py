@@ -51,7 +51,8 @@ def _print_table(layers: Layers, summaries: list[Summary]) -> None:
     fields = [field for field in ("gamma", "beta", "mean", "variance") if any(field in s.ranges for s in summaries)]
     rows = []
     for layer, ranges, _ in summaries:
-        row = [layer.name, str(layer.channels), _starred(layer.epsilon, "epsilon" in layer.assumed)]
+        epsilon = "?" if layer.question else _starred(layer.epsilon, "epsilon" in layer.assumed)
+        row = [layer.name, str(layer.channels), epsilon]
         row.append("-" if layer.momentum is None else _starred(layer.momentum, "momentum" in layer.assumed))
         row += [f"{number(ranges[f].low)} .. {number(ranges[f].high)}" if f in ranges else "-" for f in fields]
         rows.append(row)
@@ -83,7 +84,7 @@ def _as_dict(layers: Layers, summaries: list[Summary]) -> dict[str, Any]:
             {
                 "name": layer.name,
                 "channels": layer.channels,
-                "epsilon": layer.epsilon,
+                "epsilon": None if layer.question else layer.epsilon,
                 "momentum": layer.momentum,
                 "assumed": sorted(layer.assumed),
                 "stores": sorted(layer.stores),

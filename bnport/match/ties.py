@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from bnport.errors import InvalidValue
+from bnport.errors import InvalidValue, Question
 from bnport.match import names
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def same_numbers(state: Alignment, group: Group) -> bool:
         first, *others = (state.source.layers[s].record for s in group.sources)
         if any(other != first for other in others):
             return False
-    except InvalidValue:
+    except (InvalidValue, Question):
         return False
     for s, t in zip(group.sources, group.targets, strict=True):
         state.decide(s, t, f"{group.how}; the candidates hold the same numbers, so that any choice is the same")

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import bnport
+from bnport.cli import main
+from bnport.errors import Question
 from bnport.layer import Layer, Layers
 from bnport.record import FIELDS
 from tests.adapters.contract import assert_same_bits, telling_record
@@ -142,14 +144,17 @@ def test_what_cannot_be_told_apart_is_not_picked(tmp_path, package, other):
     assert len(layers) == 4
     live = {np.array(k.moving_mean).tobytes(): k for each in parts for k in each.values()}
     for layer in layers.values():
-        keras_layer = live.pop(layer.record.mean.tobytes())
+        keras_layer = live.pop(layer.arrays()["mean"].tobytes())
         assert "epsilon" not in layer.stores
-        assert layer.assumed == (set() if other == 0.1 else {"epsilon"})
+        assert not layer.assumed
         if other == 0.1:  # the same in both, so known
             assert layer.epsilon == keras_layer.epsilon
-            assert "does not say which" in layer.notes[-1]
+            assert "all with epsilon 0.1; the file does not say which" in layer.notes[-1]
         else:
-            assert "does not say its epsilon" in layer.notes[-1]
+            with pytest.raises(
+                Question, match=r"one of .*/a, .*/b, with epsilons 0.1, 0.2; the file does not say which"
+            ):
+                layer.record  # noqa: B018
     if other == 0.1:
         x = port(model, path, out, layers, parts)
         loaded = K.models.load_model(out, custom_objects={"Custom": kind})
@@ -203,3 +208,205 @@ def test_arrays_that_may_be_a_batchnorm_and_are_not_taken_for_one_are_said(tmp_p
     assert "not taken for BatchNormalization" in note
     assert "layer_norm" not in note
     assert note in bnport.verify(path, path).notes
+
+
+def of_parts(package, base, attributes):
+    """A Model or Layer class that keeps the models that its config has under `key` in the attribute attributes[key]."""
+    K = importlib.import_module(package)
+
+    class Parts(getattr(K, base, None) or getattr(K.layers, base)):
+        def __init__(self, parts, **kwargs):
+            super().__init__(**kwargs)
+            for key, attribute in attributes.items():
+                setattr(self, attribute, parts[key])
+
+        def call(self, x, training=False):
+            for attribute in attributes.values():
+                x = getattr(self, attribute)(x, training=training)
+            return x
+
+        def compute_output_shape(self, shape):
+            return shape
+
+        def get_config(self):
+            own = {key: K.saving.serialize_keras_object(getattr(self, at)) for key, at in attributes.items()}
+            return {**super().get_config(), **own}
+
+        @classmethod
+        def from_config(cls, given):
+            parts = {key: K.saving.deserialize_keras_object(given.pop(key)) for key in attributes}
+            return cls(parts, **given)
+
+    return K.saving.register_keras_serializable("tests_custom")(Parts)
+
+
+def saved_parts(path, package, base, attributes, epsilons, seed, names=None, channels=C):
+    """Save a network of such a Model or Layer; every part is a model with one BatchNormalization called "bn"."""
+    K = importlib.import_module(package)
+    parts = {}
+    for key, epsilon in epsilons.items():
+        x = K.Input((channels,))
+        bn = K.layers.BatchNormalization(name="bn", epsilon=epsilon)
+        parts[key] = K.Model(x, bn(x), name=(names or {}).get(key, key))
+    made = of_parts(package, base, attributes)(parts, name="net")
+    if base == "Model":
+        network = made
+        network(np.zeros((1, channels), np.float32))
+    else:
+        network = K.Sequential([K.Input((channels,)), made])
+    chance = np.random.default_rng(seed)
+    for key in attributes:
+        bn = parts[key].get_layer("bn")
+        bn.set_weights([chance.uniform(0.02, 0.3, w.shape).astype(np.float32) for w in bn.get_weights()])
+    network.save(path)
+    return K.models.load_model(path)
+
+
+PARTS = {
+    "in layers of a Model": ("Model", {"stem": "stem", "stage": "stage"}),
+    "in attributes of other names": ("Layer", {"stem": "one", "stage": "two"}),
+    "in one another's attributes": ("Layer", {"stem": "stage", "stage": "stem"}),
+}
+
+
+@pytest.mark.parametrize("place", PARTS)
+def test_layers_of_one_name_are_told_apart_by_the_names_of_the_models_around_them(tmp_path, place):
+    source, target, out, again = (str(tmp_path / f"{name}.keras") for name in ("source", "target", "out", "again"))
+    base, attributes = PARTS[place]
+    ours = saved_parts(source, "keras", base, attributes, {"stem": 1e-5, "stage": 0.1}, 1)
+    theirs = saved_parts(target, "keras", base, attributes, {"stem": 2e-3, "stage": 3e-3}, 2)
+    import keras
+
+    x = np.random.default_rng(0).normal(size=(4, C)).astype(np.float32)
+    expected = ours.predict(x, verbose=0)
+    layers = bnport.read(source)
+    assert [layer.epsilon for layer in layers.values()] == [1e-5, 0.1]
+    assert not any(layer.assumed or layer.notes for layer in layers.values())
+    assert bnport.convert(source, target, out).ok
+    assert keras.models.load_model(out).predict(x, verbose=0).tobytes() == expected.tobytes()
+    assert bnport.convert(ours, target, again).ok
+    assert keras.models.load_model(again).predict(x, verbose=0).tobytes() == expected.tobytes()
+    assert bnport.convert(source, theirs).ok
+    assert theirs.predict(x, verbose=0).tobytes() == expected.tobytes()
+
+
+def test_the_same_arrays_with_other_epsilons_in_such_models_are_not_the_same_function(tmp_path):
+    one, two = str(tmp_path / "one.keras"), str(tmp_path / "two.keras")
+    base, attributes = PARTS["in layers of a Model"]
+    first = saved_parts(one, "keras", base, attributes, {"stem": 1e-5, "stage": 0.1}, 1)
+    second = saved_parts(two, "keras", base, attributes, {"stem": 2e-3, "stage": 3e-3}, 1)
+    x = np.ones((1, C), np.float32)
+    assert np.abs(first.predict(x, verbose=0) - second.predict(x, verbose=0)).max() > 0.01
+    assert main(["verify", one, two]) == 1
+    assert main(["verify", one, one]) == 0
+
+
+def test_parts_with_equal_settings_are_still_called_by_their_names(tmp_path):
+    one, two = str(tmp_path / "one.keras"), str(tmp_path / "two.keras")
+    same = {"stem": 0.1, "stage": 0.1}
+    saved_parts(one, "keras", *PARTS["in layers of a Model"], same, 1)
+    saved_parts(two, "keras", "Model", {"stem": "a_stem", "stage": "a_stage"}, same, 1)  # not under `layers`
+    assert list(bnport.read(one)) == list(bnport.read(two)) == ["stem/bn", "stage/bn"]
+    assert bnport.verify(one, two).ok
+
+
+def test_arrays_that_bear_the_whole_name_of_one_layer_are_not_taken_for_another_by_their_place(tmp_path):
+    """The config has the model `old` under the key of the attribute where `stage` lies; its own was renamed."""
+    import keras
+
+    base = of_parts("keras", "Layer", {"a": "x", "b": "a"})
+
+    @keras.saving.register_keras_serializable("tests_custom")
+    class Renaming(base):
+        def __init__(self, parts, **kwargs):
+            made = parts["a"]
+            renamed = type(made).from_config({**made.get_config(), "name": "new"})
+            super().__init__({**parts, "a": renamed}, **kwargs)
+
+        def get_config(self):
+            own = super().get_config()
+            own["a"]["config"]["name"] = "old"
+            return own
+
+    def part(name, epsilon):
+        x = keras.Input((C,))
+        return keras.Model(x, keras.layers.BatchNormalization(name="bn", epsilon=epsilon)(x), name=name)
+
+    made = Renaming({"a": part("old", 0.1), "b": part("stage", 0.2)}, name="net")
+    model = keras.Sequential([keras.Input((C,)), made])
+    for number, attribute in enumerate(("x", "a")):
+        bn = getattr(made, attribute).get_layer("bn")
+        bn.set_weights([np.full(C, number + 0.5, np.float32) for _ in range(4)])
+    path = str(tmp_path / "a.keras")
+    model.save(path)
+    loaded = keras.models.load_model(path).layers[0]
+    layers = bnport.read(path)
+    for part_, name in ((loaded.x, "net/old/bn"), (loaded.a, "net/stage/bn")):
+        bn = part_.get_layer("bn")
+        assert layers[name].epsilon == bn.epsilon
+        assert layers[name].record.mean[0] == np.asarray(bn.moving_mean)[0]
+    assert "which alone fit" in layers["net/old/bn"].notes[-1]
+
+
+def test_epsilons_that_names_do_not_decide_are_asked_for(tmp_path, capsys):
+    """tf_keras stores no names: which of the two the arrays belong to is open, on either side."""
+    path, out = str(tmp_path / "a.keras"), str(tmp_path / "out.keras")
+    epsilons = {"stem": 1e-5, "stage": 0.1}
+    live = saved_parts(path, "tf_keras", *PARTS["in attributes of other names"], epsilons, 1)
+    said = r"one of net/stem/bn, net/stage/bn, with epsilons 1e-05, 0.1; the file does not say which"
+    names = list(bnport.read(path))
+    for other in (path, bnport.read(live)):
+        pairs = dict(zip(names, names if other is path else bnport.read(live), strict=True))
+        back = {there: here for here, there in pairs.items()}
+        with pytest.raises(Question, match=said):
+            bnport.verify(other, path, map=pairs)
+        with pytest.raises(Question, match=said):
+            bnport.convert(other, path, out, map=pairs)
+        with pytest.raises(Question, match=said):
+            bnport.convert(path, path if other is path else live, out if other is path else None, map=back)
+    assert not os.path.exists(out)
+    with pytest.raises(Question, match=said):
+        bnport.save_records(path, str(tmp_path / "r.safetensors"))
+    assert main(["show", path]) == 0
+    shown = capsys.readouterr().out
+    assert "with epsilons 1e-05, 0.1" in shown
+    assert "assumed" not in shown
+    assert "0.001" not in shown
+    assert [layer.epsilon for layer in bnport.read(path, epsilon=0.1).values()] == [0.1, 0.1]  # who knows may say
+    assert bnport.verify(path, path, epsilon=0.1, target_epsilon=0.1, map=dict(zip(names, names, strict=True))).ok
+
+
+def test_of_layers_that_cannot_be_told_apart_only_those_with_other_epsilons_are_asked_about(tmp_path):
+    """Two of 5 channels with one epsilon, two of 3 with two: the first two are known, and can be compared."""
+    K = importlib.import_module("keras")
+    epsilons = {"a": 0.1, "b": 0.1, "c": 0.2, "d": 0.3}
+    attributes = {key: f"z{key}" for key in epsilons}
+    kind = custom("keras", attributes)
+    parts = {key: K.layers.BatchNormalization(name="n", epsilon=e) for key, e in epsilons.items()}
+    for key, layer in parts.items():
+        layer.build((None, 5 if key in "ab" else 3))
+    made = kind(parts, name="block")
+    made.call = lambda x: x
+    model = K.Sequential([K.Input((5,)), made])
+    path = str(tmp_path / "a.keras")
+    model.save(path)
+    layers = bnport.read(path)
+    assert sorted(layer.epsilon for layer in layers.values() if layer.channels == 5) == [0.1, 0.1]
+    for layer in layers.values():
+        assert bool(layer.question) == (layer.channels == 3)
+    assert bnport.verify(path, path, skip=[name for name, layer in layers.items() if layer.question]).ok
+
+
+def test_arrays_that_may_be_of_a_layer_that_the_config_does_not_show_are_asked_about(tmp_path):
+    """Two layers called n and one n in the config, whose place is not theirs: either may be the one of 0.1."""
+    K, _, model, _ = model_of("keras", {"bn": "x"}, {"bn": {"name": "n", "epsilon": 0.1}})
+    hidden = K.layers.BatchNormalization(name="n", epsilon=0.2)
+    object.__setattr__(model.layers[0], "more", hidden)  # Keras tracks nothing new in a built layer, but saves it
+    hidden.build((None, C))
+    path = str(tmp_path / "a.keras")
+    model.save(path)
+    layers = bnport.read(path)
+    asked = [layer.question for layer in layers.values() if layer.question]
+    assert len(asked) == 2
+    assert all("block0/n, with epsilon 0.1, or a layer that the config does not show" in each for each in asked)
+    assert layers["block1/n"].epsilon == 0.1

@@ -9,10 +9,11 @@ from bnport.containers.zip import STORED, Archive
 from bnport.errors import FormatError, NotFound, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from bnport.adapters.keras.absent import Absent
+    from bnport.adapters.keras.inside import OneOf
     from bnport.adapters.keras.weights import Found, Store
     from bnport.containers.files import ReadFile
     from bnport.containers.hdf5 import H5, H5Tensor
@@ -167,39 +168,54 @@ def _with_hidden(
     names = unique((e.name for e in entries), (node.storage or node.name for node in nodes))
     for entry, node, name in zip(entries, nodes, names, strict=True):
         entry.name, entry.notes = name, (*entry.notes, *joined.notes.get(id(node), ()))
-    for path, alike in joined.alike.items():
-        settings, tensors = alike.settings, alike.tensors
-        notes = (*settings.notes, inside.alike_note(alike))
-        entries.append(
-            Entry(
-                path, f"{shown}: {printable(path)}", lambda tensors=tensors: tensors,  # type: ignore[misc]
-                epsilon=settings.epsilon, momentum=settings.momentum, notes=notes,
-            )
-        )  # fmt: skip
-    hidden, notes_on_others = _hidden(entries, joined.alike, weights.store, shown, absent)
+    store = weights.store
+    certain = {path: one for path, one in joined.one_of.items() if one.tensors is not None}
+    paths = list(certain)
+    for name, path in zip(unique(map(store.name_of, paths), paths, names), paths, strict=True):
+        entries.append(_entry_of_one(name, certain[path], certain[path].tensors or {}, shown))
+    hidden, notes_on_others = _hidden(entries, certain, joined.one_of, store, shown, absent)
     return entries + hidden, notes_on_others
 
 
+def _entry_of_one(
+    name: str, one: OneOf, tensors: dict[str, H5Tensor], shown: str, notes: tuple[str, ...] = ()
+) -> Entry:
+    """The layer that has these arrays, whichever of several it is."""
+    said = () if one.is_open else (str(one),)
+    return Entry(
+        name, f"{shown}: {printable(name)}", lambda: tensors, epsilon=one.epsilon, momentum=one.momentum,
+        notes=(*notes, *one.notes, *said), question=str(one) if one.is_open else "",
+    )  # fmt: skip
+
+
 def _hidden(
-    known: list[Entry], alike: Iterable[str], store: Store, shown: str, absent: Absent | None
+    known: list[Entry],
+    found_already: Iterable[str],
+    one_of: Mapping[str, OneOf],
+    store: Store,
+    shown: str,
+    absent: Absent | None,
 ) -> tuple[list[Entry], list[str]]:
     """The layers that are found by their arrays alone, and what there is to say of the rest."""
     from bnport.adapters.keras.weights import scan, unique
 
     paths = {store.h5.root.path} | {f"{entry.node.storage}/vars" for entry in known if entry.node is not None}
     listed_ = {group.path for entry in known if entry.node and (group := store.variables(entry.node.storage))}
-    skip = {p.replace("\\", "/") for p in paths | listed_} | {f"{path}/vars" for path in alike}
+    skip = {p.replace("\\", "/") for p in paths | listed_} | {f"{path}/vars" for path in found_already}
     found, notes = scan(store, shown, absent, skip=skip)
     taken = [entry.name for entry in known]
-    names = unique((each.name for each in found), (each.path.removesuffix("/vars") for each in found), taken)
-    for each, name in zip(found, names, strict=True):
-        each.name = name
-    return [_hidden_entry(each, shown) for each in found], notes
+    places = [each.path.removesuffix("/vars") for each in found]
+    entries = []
+    for each, name, path in zip(found, unique((each.name for each in found), places, taken), places, strict=True):
+        one = one_of.get(path)
+        if one is not None:
+            entries.append(_entry_of_one(name, one, each.tensors, shown, each.notes))
+        else:
+            entries.append(_hidden_entry(name, each, shown))
+    return entries, notes
 
 
-def _hidden_entry(found: Found, shown: str) -> Entry:
-    note = "lies inside a custom layer, whose config does not say its epsilon"
+def _hidden_entry(name: str, found: Found, shown: str) -> Entry:
+    note = "lies inside a custom layer; no epsilon was found for it in the config"
     tensors: dict[str, Any] = found.tensors
-    return Entry(
-        found.name, f"{shown}: {printable(found.name)}", lambda: tensors, epsilon=None, notes=(*found.notes, note)
-    )
+    return Entry(name, f"{shown}: {printable(name)}", lambda: tensors, epsilon=None, notes=(*found.notes, note))

@@ -25,14 +25,15 @@ OUTSIDE = "the standard deviation is stored; it is divided by as std + epsilon"
 class Entry:
     """A layer of a file: its settings, and its arrays, which are looked up at the first call of `tensors`.
 
-    epsilon is None where the file holds none. `fetch` returns field -> H5Tensor, with RENORM's names among the fields.
+    epsilon is None where the file holds none; question: what to ask where it holds several and does not say which is
+    this layer's. `fetch` returns field -> H5Tensor, with RENORM's names among the fields.
     form: "variance"; "std" or "root" for Keras 1, where y = (x - mean) / (divisor + epsilon), divisor being the stored
     array or its root.
     """
 
     __slots__ = (
         "_tensors", "center", "channels", "default_epsilon", "dtype", "epsilon", "fetch", "form", "inputs", "kernel",
-        "momentum", "name", "node", "notes", "scale", "where",
+        "momentum", "name", "node", "notes", "question", "scale", "where",
     )  # fmt: skip
 
     def __init__(
@@ -51,10 +52,11 @@ class Entry:
         form: str = "variance",
         node: Node | None = None,
         notes: tuple[str, ...] = (),
+        question: str = "",
     ) -> None:
         self.name, self.where, self.fetch = name, where, fetch
         self.epsilon, self.default_epsilon, self.momentum = epsilon, default_epsilon, momentum
-        self.form, self.node, self.notes = form, node, notes
+        self.form, self.node, self.notes, self.question = form, node, notes, question
         self.kernel: Kernel | None = None
         self.inputs: tuple[str, ...] | None = None
         self._tensors: dict[str, H5Tensor] | None = None
@@ -103,14 +105,14 @@ class Entry:
         if self.form != "variance":
             notes.append(f"{OUTSIDE if self.form == 'std' else 'divided by as sqrt(variance) + epsilon'}, {epsilon!r}")
             epsilon = 0.0
-        elif self.epsilon is None:
+        elif self.epsilon is None and not self.question:
             assumed.add("epsilon")
         try:
             return Layer(
                 self.name, channels=self.channels, epsilon=epsilon, load=self.load, momentum=self.momentum,
                 stores=self.stores(holds_epsilon=holds_epsilon), assumed=assumed, dtype=self.dtype,
                 tensors=_Tensors(self) if self.form == "variance" else None,
-                kernel=self.kernel, inputs=self.inputs, notes=notes,
+                kernel=self.kernel, inputs=self.inputs, notes=notes, question=self.question,
             )  # fmt: skip
         except InvalidValue as error:
             raise FormatError(f"{self.where}: {error}") from None

@@ -1,15 +1,15 @@
 """BatchNormalization inside custom layers: which arrays in the weights are those of which layer in the config.
 
 Keras stores arrays under the names of attributes, and a custom layer's config is its author's: what it writes under "bn"
-may lie in `self._bn`. The two are joined where the name that Keras >= 3.6 stores, the number and shape of the arrays and
-the place leave one possibility for both; otherwise nothing is picked.
+may lie in `self._bn`. The two are joined where the names that Keras >= 3.6 stores for a layer and for those around it,
+the number and shape of the arrays and the place leave one possibility for both; otherwise nothing is picked.
 """
 
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.keras import config
-from bnport.adapters.keras.weights import arrays, named, order
+from bnport.adapters.keras.weights import arrays, named, order, unique
 from bnport.errors import FormatError, listed, printable
 
 if TYPE_CHECKING:
@@ -18,24 +18,59 @@ if TYPE_CHECKING:
     from bnport.containers.hdf5 import Group, H5Tensor
 
 
-class Alike:
-    """Arrays that belong to one of several layers of the config, all with these settings; `names`: how those are called."""
+class OneOf:
+    """Arrays that belong to one of several layers of the config, or with `or_hidden` to one that it does not show.
 
-    __slots__ = ("names", "settings", "tensors")
+    names, settings: of those layers. tensors: field -> array; None where the layers differ in what the arrays are.
+    """
 
-    def __init__(self, settings: Settings, tensors: dict[str, H5Tensor], names: list[str]) -> None:
-        self.settings, self.tensors, self.names = settings, tensors, names
+    __slots__ = ("_epsilons", "momentum", "names", "notes", "or_hidden", "tensors")
+
+    def __init__(
+        self, names: list[str], settings: list[Settings], tensors: dict[str, H5Tensor] | None, *, or_hidden: bool
+    ) -> None:
+        self.names, self.tensors, self.or_hidden = names, tensors, or_hidden
+        self._epsilons = {each.epsilon for each in settings}
+        momenta = {each.momentum for each in settings}
+        self.momentum = momenta.pop() if len(momenta) == 1 and not or_hidden else None
+        self.notes = tuple(dict.fromkeys(note for each in settings for note in each.notes))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it matters which layer it is: their epsilons differ, or there may be another."""
+        return len(self._epsilons) > 1 or self.or_hidden
+
+    @property
+    def epsilon(self) -> float | None:
+        """The epsilon of all these layers; None where it is open, or none of them says one."""
+        return None if self.is_open else next(iter(self._epsilons))
+
+    def __str__(self) -> str:
+        """What to say of the layer that has the arrays."""
+        said = sorted(epsilon for epsilon in self._epsilons if epsilon is not None)
+        epsilons = listed([*map(repr, said), *(["one that is not said"] if None in self._epsilons else [])], 4)
+        which = f"is {'one of ' if len(self.names) > 1 else ''}{listed(self.names, 4)}"
+        inside = f"lies inside a custom layer, and {which},"
+        if not self.is_open:
+            all_with = f"all with epsilon {epsilons}" if said else "none of which says its epsilon"
+            return f"{inside} {all_with}; the file does not say which, so epsilon and momentum stay as they are"
+        several = "s" if len(self._epsilons) > 1 else ""
+        hidden = ", or a layer that the config does not show" if self.or_hidden else ""
+        return (
+            f"{inside} with epsilon{several} {epsilons}{hidden}; the file does not say which:"
+            " load it with Keras and give the model itself, or leave the layer out with --skip"
+        )
 
 
 class Joined:
-    """What `join` found out: id(node) -> note; the nodes whose arrays are not certain; storage -> Alike."""
+    """What `join` found out: id(node) -> notes; nodes whose arrays are not certain; path of such arrays -> OneOf."""
 
-    __slots__ = ("alike", "notes", "open")
+    __slots__ = ("notes", "one_of", "open")
 
     def __init__(self) -> None:
         self.notes: dict[int, tuple[str, ...]] = {}
         self.open: set[int] = set()
-        self.alike: dict[str, Alike] = {}
+        self.one_of: dict[str, OneOf] = {}
 
 
 def join(root: Node, store: Store, shown: str) -> Joined:
@@ -46,17 +81,16 @@ def join(root: Node, store: Store, shown: str) -> Joined:
     for node in root.walk():
         group = store.variables(node.storage) if node.storage else None
         home = _home(node)
-        if home is not None and node.is_batchnorm and (group is None or _named_otherwise(group, node)):
+        if home is not None and node.is_batchnorm and (group is None or _named_otherwise(_path(group), node, store)):
             lost.setdefault(store.folder(home.storage), []).append(node)
         elif group is not None:
             taken.add(_path(group))
     if not lost:
         return result
-    free = {path.removesuffix("/vars"): group for path, group in store.walk() if path.endswith("/vars")}
-    free = {path: group for path, group in free.items() if f"{path}/vars" not in taken}
+    free = {path: group for path, group in store.layers.items() if path and path not in taken}
     for folder, nodes in lost.items():
         below = {path: group for path, group in free.items() if not folder or path.startswith(f"{folder}/")}
-        _join_below(nodes, below, shown, result)
+        _join_below(nodes, below, store, shown, result)
     return result
 
 
@@ -71,43 +105,55 @@ def _home(node: Node) -> Node | None:
 
 
 def _path(group: Group) -> str:
-    return group.path.replace("\\", "/")
+    """Of the layer whose `vars` the group is."""
+    return group.path.replace("\\", "/").removesuffix("/vars")
 
 
-def _name(group: Group) -> str | None:
-    name = group.attribute("name")
-    return name if isinstance(name, str) else None
+def _named_otherwise(path: str, node: Node, store: Store) -> bool:
+    """Whether the names stored for the layer at `path` and those around it are others than the node's."""
+    return store.own_names.get(path) not in (None, node.name) or _whole(path, node, store) is False
 
 
-def _named_otherwise(group: Group, node: Node) -> bool:
-    return _name(group) not in (None, node.name)
+def _whole(path: str, node: Node, store: Store) -> bool | None:
+    """Whether the names stored from the node's home down to `path` are all those of the config; None without names."""
+    home, names = _home(node), []
+    assert home is not None
+    stored = store.names_to(path, store.folder(home.storage))
+    while node is not home and node.parent is not None:
+        names.append(node.name)
+        node = node.parent
+    return None if stored is None else stored == names[::-1]
 
 
-def _join_below(nodes: list[Node], groups: dict[str, Group], shown: str, result: Joined) -> None:
+def _join_below(nodes: list[Node], groups: dict[str, Group], store: Store, shown: str, result: Joined) -> None:
     """Join the nodes of one custom layer with the groups below it."""
     settings = [config.settings(node, shown) for node in nodes]
     fits = [
-        {p for p, group in groups.items() if _fits(node, each, group)}
+        {p for p, group in groups.items() if store.own_names.get(p) in (None, node.name) and _fits(each, group)}
         for node, each in zip(nodes, settings, strict=True)
     ]
+    whole = [{p for p in fit if _whole(p, node, store)} for node, fit in zip(nodes, fits, strict=True)]
+    certain = set().union(*whole)
+    fits = [named_so or fit - certain for named_so, fit in zip(whole, fits, strict=True)]
     near = [{p for p in fit if _bare(p) == _bare(node.storage)} for node, fit in zip(nodes, fits, strict=True)]
     chosen = _only(near)
     rest = [set() if at in chosen else fit - set(chosen.values()) for at, fit in enumerate(fits)]
     chosen |= _only(rest)
     for at, path in chosen.items():
-        if len(fits[at]) > 1 or sum(path in fit for fit in fits) > 1 or _name(groups[path]) is None:
+        if len(fits[at]) > 1 or sum(path in fit for fit in fits) > 1 or not whole[at]:
             result.notes[id(nodes[at])] = (f"its arrays are taken to be those at {printable(path)}, which alone fit",)
         nodes[at].storage = path
-    undecided = [at for at, fit in enumerate(rest) if fit and at not in chosen]
-    paths = sorted({p for at in undecided for p in rest[at]} - set(chosen.values()))
-    result.open |= {id(nodes[at]) for at in undecided}
-    kinds = {settings[at]._replace(channels=None) for at in undecided}
-    if len(kinds) == 1 and len(paths) <= len(undecided):
-        names = [nodes[at].path for at in undecided]
-        kind = kinds.pop()
-        fields = order(scale=kind.scale, center=kind.center, renorm=kind.renorm)
-        for path in paths:
-            result.alike[path] = Alike(kind, named(arrays(groups[path]), fields, f"{shown}: {printable(path)}"), names)
+    for some, paths in _together({at: fit for at, fit in enumerate(rest) if fit and at not in chosen}):
+        result.open |= {id(nodes[at]) for at in some}
+        for path in sorted(paths):
+            here = [at for at in some if path in rest[at]]
+            orders = {_fields(settings[at]) for at in here}
+            tensors = None
+            if len(orders) == 1:
+                tensors = named(arrays(groups[path]), orders.pop(), f"{shown}: {printable(path)}")
+            names = unique([nodes[at].path for at in here], [nodes[at].storage for at in here])
+            kinds = [settings[at] for at in here]
+            result.one_of[path] = OneOf(names, kinds, tensors, or_hidden=len(paths) > len(some))
 
 
 def _only(choices: list[set[str]]) -> dict[int, str]:
@@ -119,26 +165,36 @@ def _only(choices: list[set[str]]) -> dict[int, str]:
     }
 
 
+def _together(choices: dict[int, set[str]]) -> list[tuple[list[int], set[str]]]:
+    """The positions whose choices overlap, directly or through others, with all that they choose from."""
+    parts: list[tuple[list[int], set[str]]] = []
+    for at, paths in choices.items():
+        joined, apart = ([at], set(paths)), []
+        for part in parts:
+            if part[1] & paths:
+                joined = (part[0] + joined[0], part[1] | joined[1])
+            else:
+                apart.append(part)
+        parts = [*apart, joined]
+    return parts
+
+
 def _bare(path: str) -> str:
     """The path without underscores at the beginning of its parts."""
     return "/".join(part.lstrip("_") for part in path.split("/"))
 
 
-def _fits(node: Node, settings: Settings, group: Group) -> bool:
-    """Whether the group can hold the node's arrays, by its name and theirs."""
-    fields = order(scale=settings.scale, center=settings.center, renorm=settings.renorm)
-    if len(group.names()) != len(fields) or _named_otherwise(group, node):
+def _fields(settings: Settings) -> tuple[str, ...]:
+    return order(scale=settings.scale, center=settings.center, renorm=settings.renorm)
+
+
+def _fits(settings: Settings, group: Group) -> bool:
+    """Whether the group can hold arrays of a layer with these settings, by their number and shape."""
+    fields = _fields(settings)
+    if len(group.names()) != len(fields):
         return False
     try:
         channels = named(arrays(group), fields, "")["mean"].shape[0]
     except FormatError:
         return False
     return settings.channels in (None, channels)
-
-
-def alike_note(alike: Alike) -> str:
-    """What to say of a layer whose arrays belong to one of several."""
-    return (
-        f"lies inside a custom layer, and is one of {listed(alike.names, 4)}, all with the same settings; the file does not"
-        " say which, so epsilon and momentum stay as they are"
-    )

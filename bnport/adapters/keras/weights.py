@@ -41,6 +41,8 @@ class Store:
         self._opened = opened
         self._h5: H5 | None = None
         self._index: dict[str, Group] | None = None
+        self._layers: dict[str, Group] | None = None
+        self._own_names: dict[str, str | None] | None = None
 
     @property
     def h5(self) -> H5:
@@ -103,6 +105,40 @@ class Store:
         """Every group with its path (slashes, whatever is in the file)."""
         h5 = self.h5
         return self._index.items() if self._index is not None else h5.walk()
+
+    @property
+    def layers(self) -> dict[str, Group]:
+        """Path of a layer -> its `vars` group; "" is the whole model."""
+        if self._layers is None:
+            ends = ((path, group) for path, group in self.walk() if path == "vars" or path.endswith("/vars"))
+            self._layers = {path[: -len("/vars")]: group for path, group in ends}
+        return self._layers
+
+    @property
+    def own_names(self) -> dict[str, str | None]:
+        """Path of a layer -> the name that Keras >= 3.6 stores for it, None where none is stored."""
+        if self._own_names is None:
+            stored = {path: group.attribute("name") for path, group in self.layers.items()}
+            self._own_names = {path: own if isinstance(own, str) else None for path, own in stored.items()}
+        return self._own_names
+
+    def names_to(self, layer: str, start: str = "") -> list[str] | None:
+        """The names stored for the layers on the way from the layer `start` to `layer`; None where one is missing."""
+        pieces, names = layer.split("/"), []
+        for end in range(len(start.split("/")) + 1 if start else 1, len(pieces) + 1):
+            path = "/".join(pieces[:end])
+            if path in self.own_names:
+                own = self.own_names[path]
+                if not own:
+                    return None
+                names.append(own)
+        return names
+
+    def name_of(self, layer: str) -> str:
+        """What the layer at this path is called: the names that Keras >= 3.6 stores, outer/inner; else the path."""
+        if not layer:
+            return self.own_names.get("") or "/"
+        return "/".join(self.names_to(layer) or ()) or layer
 
 
 def arrays(group: Group) -> list[H5Tensor]:
@@ -189,15 +225,11 @@ def scan(store: Store, where: str, absent: Absent | None, skip: Iterable[str] = 
 
 def _candidates(store: Store, skip: set[str]) -> tuple[list[tuple[Found, list[H5Tensor]]], list[str]]:
     """Groups whose arrays may be BatchNormalization's, each with a name of its own; and the others with such vectors."""
-    names: dict[str, str | None] = {}
+    names = store.own_names
     candidates: list[tuple[Found, list[H5Tensor]]] = []
     others: list[str] = []
-    for path, group in store.walk():
-        if path != "vars" and not path.endswith("/vars"):
-            continue
-        layer = path[: -len("/vars")] if path != "vars" else ""
-        own = group.attribute("name")
-        names[layer] = own if isinstance(own, str) else None
+    for layer, group in store.layers.items():
+        path = f"{layer}/vars" if layer else "vars"
         if path in skip or not 2 <= len(group.names()) <= 7:
             continue
         tensors = arrays(group)
@@ -211,28 +243,12 @@ def _candidates(store: Store, skip: set[str]) -> tuple[list[tuple[Found, list[H5
             candidates.append((Found(path, layer, names[layer]), tensors))
         else:
             others.append(layer)
-    full = [_name(each.name, names) for each, _ in candidates]
+    full = [store.name_of(each.name) for each, _ in candidates]
     for (each, _), name in zip(
         candidates, unique(full, (each.path.removesuffix("/vars") for each, _ in candidates)), strict=True
     ):
         each.name = name
     return candidates, [f"{layer} ({own})" if (own := names[layer]) else layer for layer in others]
-
-
-def _name(layer: str, names: dict[str, str | None]) -> str:
-    """The names that Keras >= 3.6 stores, outer/inner; the path where one is missing."""
-    parts: list[str] = []
-    pieces = layer.split("/")
-    for end in range(1, len(pieces) + 1):
-        path = "/".join(pieces[:end])
-        if path in names:
-            own = names[path]
-            if not own:
-                return layer or "/"
-            parts.append(own)
-    if not layer:
-        return names.get("") or "/"
-    return "/".join(parts) or layer
 
 
 def unique(names: Iterable[str], paths: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
