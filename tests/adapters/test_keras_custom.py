@@ -410,3 +410,61 @@ def test_arrays_that_may_be_of_a_layer_that_the_config_does_not_show_are_asked_a
     assert len(asked) == 2
     assert all("block0/n, with epsilon 0.1, or a layer that the config does not show" in each for each in asked)
     assert layers["block1/n"].epsilon == 0.1
+
+
+@pytest.mark.parametrize(("suffix", "same"), [(".keras", False), (".keras", True), (".h5", False)])
+def test_layers_in_dicts_tuples_and_lists_of_lists_are_found_in_the_config(tmp_path, suffix, same):
+    """As Keras serialises an attribute that holds them. `same`: all are called n, and only their place tells."""
+    import keras
+
+    @keras.saving.register_keras_serializable("tests_custom")
+    class Nested(keras.layers.Layer):
+        def __init__(self, parts, **kwargs):
+            super().__init__(**kwargs)
+            self.parts = parts
+
+        def flat(self):
+            return [self.parts["one"]["two"], *self.parts["list"], *self.parts["tuple"][0], self.parts["tuple"][1]]
+
+        def build(self, shape):
+            for layer in self.flat():
+                if not layer.built:
+                    layer.build(shape)
+            self.built = True
+
+        def call(self, x):
+            for layer in self.flat():
+                x = layer(x)
+            return x
+
+        def get_config(self):
+            return {**super().get_config(), "parts": keras.saving.serialize_keras_object(self.parts)}
+
+        @classmethod
+        def from_config(cls, given):
+            return cls(keras.saving.deserialize_keras_object(given.pop("parts")), **given)
+
+    def network(epsilons, seed):
+        a, b, c, d = (
+            keras.layers.BatchNormalization(name="n" if same else f"n{number}", epsilon=epsilon)
+            for number, epsilon in enumerate(epsilons)
+        )
+        parts = {"one": {"two": a}, "list": [b, c], "tuple": ([d], keras.layers.Dense(C, use_bias=False))}
+        model = keras.Sequential([keras.Input((C,)), Nested(parts, name="block")])
+        chance = np.random.default_rng(seed)
+        for layer in (a, b, c, d):
+            layer.set_weights([chance.uniform(0.02, 0.3, w.shape).astype(np.float32) for w in layer.get_weights()])
+        parts["tuple"][1].set_weights([np.eye(C, dtype=np.float32)])
+        return model
+
+    source, target, out = (str(tmp_path / f"{name}{suffix}") for name in ("source", "target", "out"))
+    ours = network((0.1, 0.2, 0.3, 0.4), 1)
+    ours.save(source)
+    network((0.5, 0.6, 0.7, 0.8), 2).save(target)
+    layers = bnport.read(source)
+    assert [layer.epsilon for layer in layers.values()] == [0.1, 0.2, 0.3, 0.4]
+    assert not any(layer.assumed for layer in layers.values())
+    assert bnport.convert(source, target, out).ok
+    x = np.random.default_rng(0).normal(size=(4, C)).astype(np.float32)
+    loaded = keras.models.load_model(out, custom_objects={"Nested": Nested})
+    assert loaded.predict(x, verbose=0).tobytes() == ours.predict(x, verbose=0).tobytes()

@@ -124,6 +124,14 @@ def test_models_within_models_beyond_all_reason_are_refused(tmp_path):
     refused(archive(tmp_path, model), "nested more than", limits=True)
 
 
+def test_lists_within_lists_of_a_layer_beyond_all_reason_are_refused(tmp_path):
+    parts = [entry()]
+    for number in range(100):
+        parts = [parts] if number % 2 else {"parts": parts}
+    block = {"module": None, "class_name": "Custom>Block", "config": {"name": "block", "parts": parts}}
+    refused(archive(tmp_path, sequential(block)), "nested more than", limits=True)
+
+
 def test_two_layers_of_one_name_are_refused(tmp_path):
     refused(archive(tmp_path, sequential(entry(), entry())), "two layers are named", "bn")
 

@@ -215,11 +215,32 @@ def _children(node: Node, where: str) -> list[Node]:
     for key, value in node.config.items():
         if key == "dtype":  # a policy is written like a layer
             continue
-        if _is_layer(value) and "name" in (value["config"] if isinstance(value["config"], dict) else ()):
+        if _is_named(value):
             children.append(Node(value, node, f"{prefix}{key}", where))
-        elif isinstance(value, list) and value and all(_is_layer(v) for v in value):
-            children += _numbered(node, value, f"{prefix}{key}", where)
+        else:
+            children += _contained(node, value, f"{prefix}{key}", where)
     return children
+
+
+def _contained(parent: Node, value: Any, folder: str, where: str, depth: int = 0) -> list[Node]:
+    """The nodes of the layers in lists, tuples and dicts; one inside another is a folder `container` in the weights."""
+    if depth > DEPTH_LIMIT:
+        raise FormatError(f"{where}: lists nested more than {DEPTH_LIMIT} deep")
+    if isinstance(value, dict) and not _is_layer(value):
+        value = value.get("items") if value.get("class_name") == "__tuple__" else list(value.values())
+    if not isinstance(value, list):
+        return []
+    held: list[Any] = [each for each in value if isinstance(each, dict | list)]  # a vocabulary may have a million words
+    layers = iter(_numbered(parent, [each for each in held if _is_named(each)], folder, where))
+    nodes, containers = [], 0
+    for each in held:
+        if _is_named(each):
+            nodes.append(next(layers))
+        elif not _is_layer(each):
+            name = f"container_{containers}" if containers else "container"
+            containers += 1
+            nodes += _contained(parent, each, f"{folder}/{name}", where, depth + 1)
+    return nodes
 
 
 def _numbered(parent: Node, entries: list[dict[str, Any]], folder: str, where: str) -> list[Node]:
@@ -238,6 +259,11 @@ def _numbered(parent: Node, entries: list[dict[str, Any]], folder: str, where: s
 
 def _is_layer(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class_name"), str) and "config" in value
+
+
+def _is_named(value: Any) -> bool:
+    """Whether it is a layer with a name, and no initializer or policy, which are written like one."""
+    return _is_layer(value) and isinstance(value["config"], dict) and "name" in value["config"]
 
 
 @functools.lru_cache(256)
