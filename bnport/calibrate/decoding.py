@@ -181,21 +181,21 @@ def _decoded(path: str, how: How, converted: dict[str, int]) -> Any:
                     f"{printable(path)}: {image.width} x {image.height} pixels; images of more than {PIXELS_LIMIT} are"
                     " not decoded"
                 )
-            cut = _cut_to_8_bits(image)
-            if cut:
-                raise InvalidValue(
-                    f"{printable(path)}: {cut}, which Pillow cuts to 8 bits; convert it to 8 bits per channel, or pass the"
-                    " pixels as a uint16 array"
-                )
+            rounded = _rounded(image)
+            if rounded:
+                raise InvalidValue(f"{printable(path)}: {rounded}")
             image.load()
-            mode = image.mode
+            mode, wide = image.mode, _is_16_bit_grey(image)
             if getattr(image, "is_animated", False):
                 converted["an animation (its first frame)"] = converted.get("an animation (its first frame)", 0) + 1
-            if mode != how.mode:
-                if mode in ("I", "F") or mode.startswith("I;16") or how.mode == "I;16":
+            if wide and how.mode == "I;16":
+                if mode not in ("I", "I;16"):
+                    image = image.convert("I")  # straight to I;16 Pillow 13 takes the bytes in the wrong order
+                image = image.convert("I;16")  # no value changes
+            elif mode != how.mode:
+                if wide or mode in ("I", "F") or how.mode == "I;16":
                     raise InvalidValue(
-                        f"{printable(path)}: its pixels are of the kind {mode}, which does not convert to {how.mode} without"
-                        " clipping; 16-bit grey images are read with mode I;16"
+                        f"{printable(path)}: its pixels are of the kind {mode}{_not_as(how.mode, mode, wide)}"
                     )
                 converted[mode] = converted.get(mode, 0) + 1
                 image = image.convert(how.mode)
@@ -208,19 +208,45 @@ def _decoded(path: str, how: How, converted: dict[str, int]) -> Any:
         raise FormatError(f"{printable(path)}: cannot be decoded as an image ({printable(error, 120)})") from None
 
 
-def _cut_to_8_bits(image: Any) -> str:
-    """What the file holds, if Pillow's decoder would round it to the 8 bits of its mode; "" if it keeps every bit.
+def _rounded(image: Any) -> str:
+    """What the file holds and what to do, if Pillow's decoder would round it to fit its mode; "" if it keeps every bit.
 
     To be asked before load(), which forgets the raw mode: a PNG of 16-bit colours is "RGB" from "RGB;16B".
     """
-    if image.mode.startswith(("I", "F")):  # wider than 8 bits, and handled by mode
+    held = ""
+    if image.format == "PPM" and image.mode != "F":
+        full = 65535 if image.mode == "I" else 255  # Pillow brings any values to 0 ... full
+        most = max((tile[3][1] for tile in image.tile if isinstance(tile[3], tuple)), default=full)
+        if full % most:
+            return (
+                f"a PPM or PGM of values up to {most}, which Pillow brings to 0 ... {full} and rounds; pass the pixels as an"
+                f" array, with scale 1/{most}"
+            )
+    elif image.mode.startswith(("I", "F")):  # wider than 8 bits, and handled by mode
         return ""
-    if image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile):
-        return "a PNG of 16 bits per channel"
-    if image.format == "TIFF":
+    elif image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile):
+        held = "a PNG of 16 bits per channel"
+    elif image.format == "TIFF":
         bits = max(image.tag_v2.get(258, (1,)))  # BitsPerSample
-        return f"a TIFF of {bits} bits per channel" if bits > 8 else ""
-    if image.format == "PPM":
-        most = max((tile[3][1] for tile in image.tile if isinstance(tile[3], tuple)), default=255)
-        return f"a PPM or PGM of values up to {most}" if 255 % most else ""
-    return ""
+        held = f"a TIFF of {bits} bits per channel" if bits > 8 else ""
+    if not held:
+        return ""
+    return (
+        f"{held}, which Pillow cuts to 8 bits; convert it to 8 bits per channel, or pass the pixels as a uint16 array"
+    )
+
+
+def _is_16_bit_grey(image: Any) -> bool:
+    """Whether a decoded image is grey of 0 ... 65535; Pillow opens such a PGM as "I", which has 32 bits."""
+    return bool(image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"))
+
+
+def _not_as(wanted: str, mode: str, wide: bool) -> str:
+    """Why pixels of one mode are not read as another, and what to do if there is something; after "of the kind ..."."""
+    if wide:
+        return f", which does not convert to {wanted} without clipping; 16-bit grey images are read with mode I;16"
+    if mode == "I":
+        return ", integers of which nothing says the range; pass them as an array, with scale"
+    if mode == "F":
+        return "; floats are not summed exactly; for an array of them: 'from bnport.calibrate.moments import moments'"
+    return ", and mode I;16 reads 16-bit grey images only"

@@ -120,9 +120,9 @@ def image_statistics(
     engine, workers: as in executors.map_blocks, for image files.
     progress: called as progress(images done, of how many or 0, "images").
 
-    Raises InvalidValue (no images, not integers, image too large, 16-bit colours, which Pillow would cut to 8, a setting that
-    does not apply to such a source), FormatError (a file that cannot be decoded, named), NotFound, Question (an array whose
-    channel axis or scale is not plain), MissingDependency without Pillow.
+    Raises InvalidValue (no images, not integers, image too large, pixels that Pillow would round, as 16-bit colours to 8 bits,
+    or clip, a setting that does not apply to such a source), FormatError (a file that cannot be decoded, named), NotFound,
+    Question (an array whose channel axis or scale is not plain), MissingDependency without Pillow.
     """
     if mode not in (None, *MODES):
         raise InvalidValue(f"mode: expected one of {', '.join(MODES)}, got {printable(mode)!r}")

@@ -184,7 +184,6 @@ WIDE_FILES = {
     "rgba.png": png16(6, 4),
     "rgb.tif": tiff16(),
     "rgb.ppm": b"P6 2 1 65535\n" + struct.pack(">6H", 1, 256, 40000, 65535, 7, 300),
-    "odd.pgm": b"P5 2 1 100\n" + bytes([3, 100]),
 }
 
 
@@ -194,8 +193,76 @@ def test_a_file_whose_pixels_pillow_would_round_to_8_bits_is_refused_by_name(nam
     (tmp_path / name).write_bytes(WIDE_FILES[name])
     with Image.open(tmp_path / name) as image:
         image.load()  # Pillow does decode it
-    with pytest.raises(InvalidValue, match=rf"{name}: .*cuts to 8 bits"):
+    with pytest.raises(InvalidValue, match=rf"{name}: .*(cuts to 8 bits|and rounds)"):
         image_statistics(tmp_path, mode=mode)
+
+
+def pgm(values, most, plain=False):
+    """A PGM of values (height, width) up to `most`, written by hand: as text if plain, else in one or two bytes each."""
+    height, width = values.shape
+    data = " ".join(map(str, values.reshape(-1).tolist())).encode()
+    if not plain:
+        data = values.astype("u1" if most < 256 else ">u2").tobytes()
+    return b"P%d %d %d %d\n" % (2 if plain else 5, width, height, most) + data
+
+
+@pytest.mark.parametrize("most", [100, 256, 1023, 4095, 65534])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_a_pgm_that_pillow_would_round_is_refused_and_its_pixels_as_an_array_are_not(most, plain, mode, tmp_path):
+    values = RNG.integers(0, most + 1, (4, 5))
+    (tmp_path / "odd.pgm").write_bytes(pgm(values, most, plain))
+    with pytest.raises(InvalidValue, match=rf"odd\.pgm: .*rounds; pass the pixels as an array, with scale 1/{most}$"):
+        image_statistics(tmp_path, mode=mode)
+    found = image_statistics(values[None, ..., None], scale=Fraction(1, most))
+    assert numbers(found) == truth([values[..., None].tolist()], Fraction(1, most))
+
+
+@pytest.mark.parametrize("most", [257, 771, 4369, 21845, 65535])  # 65535 is a multiple of them
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_pgm_of_more_than_8_bits_that_pillow_reads_exactly_is_16_bit_grey(most, plain, tmp_path):
+    values = RNG.integers(0, most + 1, (50, 41))
+    values[0, :2] = 0, most
+    (tmp_path / "x.pgm").write_bytes(pgm(values, most, plain))
+    found = image_statistics(tmp_path, mode="I;16")
+    assert (found.scale, found.notes) == (Fraction(1, 65535), ())
+    assert numbers(found) == truth([values[..., None].tolist()], Fraction(1, most))
+    with pytest.raises(InvalidValue, match=r"16-bit grey images are read with mode I;16$"):
+        image_statistics(tmp_path)
+
+
+def test_sixteen_bit_grey_is_the_same_from_every_kind_of_file(tmp_path):
+    values = RNG.integers(0, 65536, (9, 13))
+    Image.fromarray(values.astype("u2")).save(tmp_path / "a.png")
+    Image.fromarray(values.astype("u2")).save(tmp_path / "b.tif")
+    Image.fromarray(values.astype(">u2")).save(tmp_path / "c.tif")
+    (tmp_path / "d.pgm").write_bytes(pgm(values, 65535))
+    files = sorted(tmp_path.iterdir())
+    for file in files:
+        assert numbers(image_statistics(file, mode="I;16")) == truth([values[..., None].tolist()], Fraction(1, 65535))
+        with pytest.raises(InvalidValue, match=r"16-bit grey images are read with mode I;16$"):
+            image_statistics(file, mode="L")
+    assert numbers(image_statistics(tmp_path, mode="I;16")) == numbers(image_statistics(files[0], mode="I;16"))
+    resized = [numbers(image_statistics(file, (30, 4), mode="I;16", resample="bicubic")) for file in files]
+    assert resized == resized[:1] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "modes", "message"),
+    [
+        *[(kind, ["I;16"], f"of the kind {kind}, and mode I;16 reads 16-bit grey images only")
+          for kind in ("1", "L", "P", "RGB", "CMYK")],
+        ("I", ["RGB", "L", "I;16"], "of the kind I, integers of which nothing says the range; pass them as an array, with"),
+        ("F", ["RGB", "L", "I;16"], "of the kind F; floats are not summed exactly; for an array of them: 'from bnport"),
+    ],
+)  # fmt: skip
+def test_mode_i_16_is_advised_only_where_it_helps(kind, modes, message, tmp_path):
+    Image.new(kind, (5, 4)).save(tmp_path / "x.tif")
+    for mode in modes:
+        with pytest.raises(InvalidValue) as error:
+            image_statistics(tmp_path, mode=mode)
+        assert message in str(error.value)
+        assert "are read with" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
