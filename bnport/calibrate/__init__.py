@@ -8,6 +8,7 @@
     executors.py, pinned.py   one function over many blocks: processes, Dask, Ray; workers that keep their state
     clusters.py               Dask and Ray as both use them
     data.py, sources.py, arrays.py, folder.py    data of every kind as checked batches
+    inputs.py                                    a model's inputs by name, and the structure that it takes them in
     models.py, norm.py, graph.py                 a live Keras model, one BatchNorm layer of it, its steps in order
     states.py, hooks.py       what else a model holds and keeps; standing in for the calls of its layers
     frontier.py, looking.py, store.py            the population method, its activations in memory and on disk

@@ -5,6 +5,7 @@
     ndarray (N, ...)                     one input
     list of ndarray, each (N, ...)       several inputs, in the model's order
     dict of name -> ndarray (N, ...)     several inputs by name
+    any structure of these               what came by name, for a model that was built with that structure
 
 N may differ from batch to batch (the last one is usually smaller); weight by it. Empty batches are left out.
 
@@ -13,7 +14,8 @@ N may differ from batch to batch (the last one is usually smaller); weight by it
     .npz                       its one array, or the arrays named like the model's inputs, or `key`; else a Question
     folder of .npy files       the files in the order of their names, as one long array
     folder of images           `images(path)`, which the caller brings: an iterable of batches
-    dict of arrays             several inputs by name; list of arrays: in order; tuple of arrays: (x, y) or (x, y, weights)
+    dict of arrays             several inputs by name; list of arrays: in order; tuple of arrays: (x, y) or (x, y, weights);
+                               dicts and lists within these: as the model was built
     tf.data.Dataset            must be batched and end; a tuple is (x, y) or (x, y, weights)
     torch DataLoader           the same, and its lists are tuples (default_collate makes lists)
     keras PyDataset, Sequence  items 0 ... len - 1, in that order
@@ -33,6 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bnport._lazy import np
 from bnport.calibrate.folder import ImageFolder, first_image
+from bnport.calibrate.inputs import Inputs
 from bnport.calibrate.sources import mapped, of_arrays, of_batches, of_path, to_numpy
 from bnport.errors import InvalidValue, NotFound, Question, listed, printable
 
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any, TypeAlias
 
-    from bnport.calibrate.sources import Inputs, Source
+    from bnport.calibrate.inputs import Shape
+    from bnport.calibrate.sources import Source
     from bnport.record import Array
 
     Batch: TypeAlias = Array | list[Array] | dict[str, Array]
@@ -121,7 +125,7 @@ class Batches:
             if count:
                 seen += count
                 if number >= skip:
-                    yield batch
+                    yield batch if check.inputs is None else check.inputs.packed(batch)
             if seen == limit:
                 break
         least = max(1, self._settings.minimum)
@@ -142,7 +146,7 @@ class _Settings(NamedTuple):
 def read(
     data: Any,
     *,
-    inputs: Inputs | None = None,
+    inputs: Mapping[str, Shape] | None = None,
     batch_size: int | None = None,
     key: str | None = None,
     minimum: int = 1,
@@ -151,7 +155,8 @@ def read(
 ) -> Batches:
     """`data` (see the module) as checked batches. Nothing is read yet except headers.
 
-    inputs:     the model's inputs, name -> shape with None for what is free, (None, 224, 224, 3); None: any structure.
+    inputs:     the model's, an Inputs, or only name -> shape with None for what is free, (None, 224, 224, 3); None: any
+                structure.
     batch_size: rows per batch for arrays and array files (default 32); refused for data that come in batches already.
     key:        the array of an `.npz` with several.
     minimum:    fewer samples are refused, at the end of an iteration.
@@ -165,6 +170,8 @@ def read(
             raise InvalidValue(f"{name}: expected a whole number, {least} or more, got {printable(repr(value), 60)}")
     if isinstance(data, Batches):
         return data
+    if inputs is not None and not isinstance(inputs, Inputs):
+        inputs = Inputs(inputs)
     settings = _Settings(inputs, minimum, limit)
     path = os.fspath(data) if isinstance(data, str | os.PathLike) else ""
     if key is not None and not (path.lower().endswith(".npz") and not os.path.isdir(path)):
@@ -220,6 +227,8 @@ class _Check:
             item = item[0]
         if isinstance(item, tuple):
             item = list(item)  # ((a, b), y): several inputs
+        if self.inputs is not None:
+            item = self.inputs.flat(item) or item
         batch = self._fitted(mapped(item, to_numpy), where)
         if copy:
             batch = mapped(batch, np.array)
@@ -246,19 +255,24 @@ class _Check:
             return batch
         wanted = list(self.inputs)
         if isinstance(batch, dict):
-            missing = [name for name in wanted if name not in batch]
-            if missing:
-                raise InvalidValue(f"{where}: has the inputs {listed(batch)}; the model takes {listed(wanted)}")
-            extra = [name for name in batch if name not in self.inputs]
+            names = self.inputs.names_in(batch)
+            if names is None:
+                raise InvalidValue(f"{where}: has the inputs {listed(batch)}; the model takes {self.inputs.shown}")
+            extra = [name for name in batch if name not in names]
             note = f"left out, not inputs of the model: {listed(extra)}"
             if extra and note not in self.notes:
                 self.notes.append(note)
-            return {name: batch[name] for name in wanted} if len(wanted) > 1 else batch[wanted[0]]
+            chosen = {name: batch[there] for name, there in zip(wanted, names, strict=True)}
+            return chosen if len(chosen) > 1 else chosen[wanted[0]]
         count = len(batch) if isinstance(batch, list) else 1
         if count != len(wanted):
             hint = "; if the second is the target, yield a tuple (x, y)" if len(wanted) == 1 and count <= 3 else ""
             raise InvalidValue(
                 f"{where}: {count} array{'s' * (count > 1)}, the model takes {len(wanted)} ({listed(wanted)}){hint}"
+            )
+        if count > 1 and not self.inputs.in_order:
+            raise InvalidValue(
+                f"{where}: a list, and the model takes its inputs by name: pass a dict of {listed(wanted)}"
             )
         return batch[0] if isinstance(batch, list) and count == 1 else batch
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.keras.live import find
+from bnport.calibrate.inputs import Inputs
 from bnport.calibrate.moments import Moments, moments
 from bnport.calibrate.norm import Norm as Norm
 from bnport.calibrate.states import States
@@ -74,21 +75,23 @@ class LiveModel:
         """The model for a message."""
         return f"model {printable(getattr(self.model, 'name', type(self.model).__name__))!r}"
 
-    def inputs(self) -> dict[str, tuple[int | None, ...]] | None:
-        """The model's inputs by name, in its order, with their shapes (None: free); None where it has no symbolic inputs."""
+    def inputs(self) -> Inputs | None:
+        """The model's inputs; None where it has no symbolic ones.
+
+        They are called by the keys of a dict that the model was built with, else by the names of their layers.
+        """
         tensors = getattr(self.model, "inputs", None)
         if not tensors:
             return None
         graph = getattr(self.model, "_functional", None) or self.model  # a Sequential of Keras 3 holds its graph
         struct = getattr(graph, "_inputs_struct" if self.version == 3 else "_nested_inputs", None)
-        if isinstance(struct, dict):
-            names = sorted(struct) if self.version == 2 else list(struct)
-            if len(names) != len(tensors) or any(isinstance(value, dict | list | tuple) for value in struct.values()):
-                return None
-            tensors = [struct[name] for name in names]
-        else:
-            names = [x.name if self.version == 3 else x._keras_history.layer.name for x in tensors]
-        return {name: tuple(x.shape) for name, x in zip(names, tensors, strict=True)}
+        shapes = [tuple(x.shape) for x in tensors]
+        if isinstance(struct, dict) and not any(isinstance(value, dict | list | tuple) for value in struct.values()):
+            names = sorted(struct)  # the order of model.inputs
+            return Inputs(dict(zip(names, shapes, strict=True)), form={name: name for name in struct})
+        names = [x._keras_history[0].name for x in tensors]
+        form = None if struct is None else self.tree.map_structure(lambda x: x._keras_history[0].name, struct)
+        return Inputs(dict(zip(names, shapes, strict=True)), [x.name for x in tensors], form)
 
     # ---- running
 

@@ -10,12 +10,11 @@ from bnport._lazy import np
 from bnport.errors import FormatError, InvalidValue, NotFound, Question, listed, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from typing import Any, TypeAlias
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
+    from bnport.calibrate.inputs import Inputs
     from bnport.record import Array
-
-    Inputs: TypeAlias = Mapping[str, tuple[int | None, ...]]
 
 BATCH_SIZE = 32
 
@@ -139,8 +138,10 @@ def rows_of_file(path: str, key: str | None = None, inputs: Inputs | None = None
         return found[key]
     if len(found) == 1:
         return found[next(iter(found))]
-    if inputs and set(inputs) <= set(found):
-        return {name: found[name] for name in inputs}
+    if inputs and (names := inputs.names_in(found)):
+        return {name: found[there] for name, there in zip(inputs, names, strict=True)}
+    if inputs and len(inputs) > 1:
+        raise InvalidValue(f"{shown}: holds the arrays {listed(found)}; the model takes {listed(inputs)}")
     raise Question(f"{shown}: holds {len(found)} arrays ({listed(found)}); name the input data with --key")
 
 
@@ -173,6 +174,8 @@ def _is_array(value: object) -> bool:
 
 def of_arrays(data: Any, inputs: Inputs | None, batch_size: int | None) -> Source | None:
     """A source for arrays and tensors, alone or together; None if `data` is not that."""
+    if inputs is not None and isinstance(data, dict | list):
+        data = inputs.flat(data) or data
     if hasattr(data, "iloc") or type(data).__module__.split(".")[0] == "polars":  # indexing these gives columns
         raise InvalidValue(f"a {printable(type(data).__name__)} as data: pass its numbers, data.to_numpy()")
     if _is_array(data):
