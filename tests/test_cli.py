@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,76 @@ def test_output_into_a_closed_pipe_is_no_traceback():
         f"{sys.executable} -m bnport show {PTH} | true", shell=True, capture_output=True, text=True, env={**os.environ}
     )
     assert "Traceback" not in done.stderr
+
+
+def in_shell(command, **environment):
+    """A command line run by a shell, `bnport` in it the command; without PYTHONUNBUFFERED, as users run it."""
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | environment
+    command = command.replace("bnport", f"{sys.executable} -m bnport", 1)
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=plain)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command",
+    [f"verify {TWIN} {TWIN}", f"show {PTH}", f"show {PTH} --json", "formats", "--version", f"map {PTH} {TWIN}"],
+)
+def test_a_report_that_cannot_be_printed_is_one_line_and_exit_code_2(command, unbuffered):
+    done = in_shell(f"bnport {command} >/dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 2
+    assert done.stderr == "bnport: standard output cannot be written to (No space left on device)\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_help_that_cannot_be_printed_is_one_line_and_exit_code_2():
+    done = in_shell("bnport show --help >/dev/full")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_what_was_written_before_printing_failed_is_said(tmp_path):
+    out, page, names, records = (str(tmp_path / name) for name in ("o.keras", "o.html", "o.toml", "o.safetensors"))
+    done = in_shell(f"bnport convert {PTH} {TWIN} -o {out} --html {page} >/dev/full")
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"(No space left on device); {out} is written; {page} is written\n")
+    assert main(["verify", PTH, out]) == 0
+    assert in_shell(f"bnport map {PTH} {TWIN} -o {names} >/dev/full").stderr.endswith(f"; {names} is written\n")
+    assert in_shell(f"bnport convert {PTH} {records} >/dev/full").stderr.endswith(f"; {records} is written\n")
+    shutil.copy(TWIN, out)
+    assert in_shell(f"bnport convert {PTH} {out} --in-place >/dev/full").stderr.endswith(f"; {out} is written\n")
+    dry = in_shell(f"bnport convert {PTH} {TWIN} --dry-run >/dev/full").stderr
+    assert "is written" not in dry
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_exit_codes_are_the_same_with_closed_streams(closed):
+    for command, code in ((f"verify {TWIN} {TWIN}", 0), (f"verify {PTH} {TWIN}", 1), ("show nowhere --json", 2)):
+        done = in_shell(f"bnport {command} {closed}")
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["show nowhere.pth --json", f"verify {TWIN} {TWIN}", "--help"])
+def test_a_reader_that_went_away_is_no_exception_at_the_interpreters_end(command):
+    done = in_shell(f"(sleep 0.3; bnport {command}) | true")
+    assert "Exception ignored" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_prints_by_what_notices_that_it_cannot():
+    folder = Path(common.__file__).parent
+    texts = {name: (folder / f"{name}.py").read_text() for name in commands()}
+    assert [name for name, text in texts.items() if re.search(r"(?<!\w)print\(|sys\.stdout", text)] == []
+
+
+def test_a_name_that_standard_output_cannot_show_is_no_exit_code_1(tmp_path):
+    net = torch.nn.Module()
+    net.add_module("b\u00e9", torch.nn.BatchNorm2d(2))
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    done = in_shell(f"bnport show {tmp_path / 'net.pth'}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert done.stderr.startswith("bnport: standard output cannot be written to ('ascii' codec")
 
 
 def test_records_go_out_and_come_back(tmp_path, capsys):

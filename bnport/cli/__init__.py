@@ -67,35 +67,58 @@ def parser_of(command: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; a bnport error becomes one line on standard error and 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    from bnport.cli import common
+
+    args = argparse.Namespace(written=[])
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments, args)
+        except BnportError as error:
+            _complain(printable(error, 4000))
+            if getattr(args, "json", False):
+                common.print_failure(error)
+        finally:  # after --help too: what fails at the interpreter's own end cannot be told any more
+            common.flush_output()
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        _drop(1)
+    except common.Unprinted as error:
+        done = "".join(f"; {printable(path)} is written" for path in args.written)
+        _complain(f"standard output cannot be written to ({error}){done}")
+        _drop(1)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
+    except MemoryError:
+        _complain("not enough memory; nothing was written")
+    return _USAGE_ERROR
+
+
+def _run(arguments: list[str], args: argparse.Namespace) -> int:
     called = next((word for word in arguments if not word.startswith("-")), None)
     parser = parser_of(called if called in commands() else None)
-    args = parser.parse_args(arguments)
+    parser.parse_args(arguments, args)
     if args.version:
         from bnport import __version__
+        from bnport.cli import common
 
-        print(f"bnport {__version__}")
+        common.say(f"bnport {__version__}")
         return 0
     if args.command is None:
         parser.print_help()
         return _USAGE_ERROR
-    try:
-        code: int = args.execute(args)
-        sys.stdout.flush()
-        return code
-    except BnportError as error:
-        print(f"bnport: {printable(error, 4000)}", file=sys.stderr)
-        if getattr(args, "json", False):
-            from bnport.cli.common import print_failure
+    code: int = args.execute(args)
+    return code
 
-            print_failure(error)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except KeyboardInterrupt:
-        print("bnport: interrupted; nothing was written", file=sys.stderr)
-    except MemoryError:
-        print("bnport: not enough memory; nothing was written", file=sys.stderr)
-    return _USAGE_ERROR
+
+def _complain(text: str) -> None:
+    try:
+        print(f"bnport: {text}", file=sys.stderr)
+    except OSError:  # the exit code still says it
+        _drop(2)
+
+
+def _drop(descriptor: int) -> None:
+    """From now on what is written there goes nowhere, also what the interpreter still holds when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def entry() -> None:
@@ -105,4 +128,7 @@ def entry() -> None:
     if not any(word in ("calibrate", "stats", "trace") for word in sys.argv[1:2]):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a framework's start-up chatter is not our output
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed (>&-): else a model file would get its descriptor, in this order
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     sys.exit(main())

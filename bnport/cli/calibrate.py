@@ -129,9 +129,10 @@ def run(args: argparse.Namespace) -> int:
 
     with terminable(), common.Progress(args.json) as progress:
         result = calibrate_file(args.model, args.data, args.out, force=args.force, progress=progress, **options(args))
+    args.written = [args.out]
     if args.json:
         common.print_json({**result.to_dict(), "out": args.out})
     else:
-        print(result)
-        print(f"written: {printable(args.out)}")
+        common.say(result)
+        common.say(f"written: {printable(args.out)}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.errors import InvalidValue, printable
+from bnport.errors import InvalidValue, first_line, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -105,12 +105,35 @@ def add_sha256(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class Unprinted(Exception):
+    """Standard output takes nothing (a full disk); says why. Commands print when all else is done."""
+
+
+def say(text: object = "", end: str = "\n") -> None:
+    """Print on standard output; Unprinted where that cannot be, BrokenPipeError where its reader went away."""
+    try:
+        print(text, end=end)
+    except BrokenPipeError:
+        raise
+    except (OSError, UnicodeEncodeError) as error:
+        raise Unprinted(getattr(error, "strerror", None) or first_line(error)) from error
+
+
+def flush_output() -> None:
+    """Have all that was printed written now; raises as `say` does."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Unprinted(error.strerror or first_line(error)) from error
+
+
 def print_json(value: object) -> None:
     """One JSON document on standard output; NaN and infinity never appear in it."""
     import json
 
-    json.dump(value, sys.stdout, indent=1, allow_nan=False)
-    print()
+    say(json.dumps(value, indent=1, allow_nan=False))
 
 
 def print_failure(error: Exception) -> None:
@@ -144,10 +167,11 @@ def finish(report: Report, args: argparse.Namespace) -> int:
         from bnport.html import write_page
 
         write_page(report, args.html, force=getattr(args, "force", False))
+    args.written = [path for path in (report.out, getattr(args, "html", None)) if path]
     if args.json:
         print_json(report.to_dict())
     else:
-        print(report)
+        say(report)
     return 0 if report.ok else 1
 
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         common.print_json(explanation.to_dict())
     else:
-        print(explanation)
+        common.say(explanation)
     return 0 if explanation.same else 1
 
 

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = {name: adapters.load(name) for name in ([args.name] if args.name else adapters.names())}
     if args.name and not args.json:
-        print((found[args.name].__doc__ or "").strip())
+        common.say((found[args.name].__doc__ or "").strip())
         return 0
     described: dict[str, Any] = {
         name: {
@@ -57,5 +57,5 @@ def run(args: argparse.Namespace) -> int:
         )
         for name, values in described.items()
     ]
-    print(table(("format", "files", "live objects of", "writes", "options"), rows))
+    common.say(table(("format", "files", "live objects of", "writes", "options"), rows))
     return 0

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             common.print_json({**found.to_dict(), "map": text})
         else:
-            print(text, end="")
+            common.say(text, end="")
         return 0 if found.ok else 1
     from bnport.containers.files import replace_file
 
@@ -55,13 +55,14 @@ def run(args: argparse.Namespace) -> int:
 
     inputs = [args.source, args.target, *([args.map] if args.map and not args.force else [])]
     replace_file(args.out, write, _read_back, force=args.force, inputs=inputs)
+    args.written = [args.out]
     if args.json:
         common.print_json({**found.to_dict(), "out": args.out})
         return 0 if found.ok else 1
     settled = len(found.pairs) - len(found.guessed)
-    print(f"{args.out}: {settled} pairs{f', {len(found.guessed)} likely' if found.guessed else ''}")
+    common.say(f"{args.out}: {settled} pairs{f', {len(found.guessed)} likely' if found.guessed else ''}")
     if not found.ok:
-        print(found.problems())
+        common.say(found.problems())
     return 0 if found.ok else 1
 
 

@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         common.print_json({"file": args.file, "done": said})
     else:
-        print(said)
+        common.say(said)
     return 0

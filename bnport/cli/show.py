@@ -56,17 +56,17 @@ def _print_table(layers: Layers, summaries: list[Summary]) -> None:
         row.append("-" if layer.momentum is None else _starred(layer.momentum, "momentum" in layer.assumed))
         row += [f"{number(ranges[f].low)} .. {number(ranges[f].high)}" if f in ranges else "-" for f in fields]
         rows.append(row)
-    print(table(("layer", "channels", "epsilon", "momentum", *fields), rows, right=(1,)))
+    common.say(table(("layer", "channels", "epsilon", "momentum", *fields), rows, right=(1,)))
     for line in grouped((summary.layer.name, summary.warnings) for summary in summaries):
-        print(line)
+        common.say(line)
     for note in layers.notes:
-        print(f"note: {printable(note, 600)}")
+        common.say(f"note: {printable(note, 600)}")
     assumed = sum("epsilon" in layer.assumed for layer in layers.values())
     if assumed:
-        print(
+        common.say(
             f"* assumed for {assumed} layers: {printable(layers.source)} does not store it; set epsilon with --epsilon"
         )
-    print(f"{printable(layers.source)}: {len(layers)} BatchNorm layers, {layers.format}")
+    common.say(f"{printable(layers.source)}: {len(layers)} BatchNorm layers, {layers.format}")
 
 
 def _starred(value: float, assumed: bool) -> str:

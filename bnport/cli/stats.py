@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.out is not None:
         _write(found, args.out, inputs, args.force)
+        args.written = [args.out]
     if args.json:
         common.print_json(found.to_dict())
     else:
@@ -116,15 +117,17 @@ def _print(found: ImageStatistics) -> None:
         [name, repr(float(mean)), repr(float(std)), repr(float(variance))]
         for name, mean, std, variance in zip(found.channels, found.mean, found.std, found.variance, strict=True)
     ]
-    print(table(("channel", "mean", "std", "variance"), rows, right=()))
-    print()
-    print(f"keras{_after(found, 'keras.layers.Rescaling')}:")
-    print(f"  keras.layers.Normalization(mean={_listed(found.mean)}, variance={_listed(found.variance)})")
-    print(f"torchvision{_after(found, 'ToTensor')}:")
-    print(f"  transforms.Normalize(mean={_listed(found.mean)}, std={_listed(found.std)})")
+    common.say(table(("channel", "mean", "std", "variance"), rows, right=()))
+    common.say()
+    common.say(f"keras{_after(found, 'keras.layers.Rescaling')}:")
+    common.say(f"  keras.layers.Normalization(mean={_listed(found.mean)}, variance={_listed(found.variance)})")
+    common.say(f"torchvision{_after(found, 'ToTensor')}:")
+    common.say(f"  transforms.Normalize(mean={_listed(found.mean)}, std={_listed(found.std)})")
     for note in found.notes:
-        print(f"note: {printable(note, 600)}")
-    print(f"{found.images} images, {found.exact.n} pixels per channel, {found.dtype} scaled by {found.scale}; exact")
+        common.say(f"note: {printable(note, 600)}")
+    common.say(
+        f"{found.images} images, {found.exact.n} pixels per channel, {found.dtype} scaled by {found.scale}; exact"
+    )
 
 
 def _after(found: ImageStatistics, scaling: str) -> str:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         common.print_json(result.to_dict())
     else:
-        print(result)
+        common.say(result)
     return 0 if result.ok else 1
 
 

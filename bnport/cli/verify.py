@@ -53,5 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if code and not args.json:
         import shlex
 
-        print(f"bnport explain {shlex.quote(args.source)} {shlex.quote(args.target)} looks for the mistake behind it")
+        common.say(
+            f"bnport explain {shlex.quote(args.source)} {shlex.quote(args.target)} looks for the mistake behind it"
+        )
     return code
