@@ -143,10 +143,37 @@ def torch_compiles_anew_for_another_epsilon():
     assert np.abs(before - expected).max() > 0.1
 
 
+def kernels_that_are_computed_are_evidence_as_others_are():
+    """With LoRA, or quantized to 4 bits, `kernel` is no variable but a tensor that is computed each time."""
+
+    def made(change):
+        inputs = keras.Input((8,))
+        dense = L.Dense(8, name="dense")
+        model = keras.Model(
+            inputs, L.BatchNormalization(name="second")(L.ReLU()(L.BatchNormalization(name="first")(dense(inputs))))
+        )
+        change(model, dense)
+        return model
+
+    changes = [lambda _, dense: dense.enable_lora(2)]
+    if tuple(int(n) for n in keras.__version__.split(".")[:2]) >= (3, 11):
+        changes.append(lambda model, _: model.quantize("int4"))
+    for change in changes:
+        source, target = made(change), made(change)
+        values = bnport.read(source)["first"].kernel.values()
+        np.testing.assert_array_equal(values, numpy(source.get_layer("dense").kernel).T)
+        bnport.set_weights(source, "first", epsilon=0.5, beta=np.arange(8.0))
+        assert bnport.convert(source, target).ok
+        assert bnport.verify(source, target).ok
+        assert target.get_layer("first").epsilon == 0.5
+
+
 def main():
     never_stale_wherever_the_layer_is_held()
     if kind == "torch":
         torch_compiles_anew_for_another_epsilon()
+    if kind != "tf_keras":
+        kernels_that_are_computed_are_evidence_as_others_are()
     inner, model, outer = build()
     for each in (inner, model, outer):
         each.compile(loss="mse")

@@ -329,15 +329,16 @@ def with_live_evidence(source: Any, layers: Layers, found: dict[str, Any]) -> La
 
 
 def _live_kernel(node: Node, live: Any) -> Kernel | None:
-    names = ("depthwise_kernel", "pointwise_kernel", "kernel")  # tf_keras', both's, Keras 3's
-    variable = next((v for name in names if (v := getattr(live, name, None)) is not None), None)
-    if node.class_name.startswith("Separable"):
-        variable = getattr(live, "pointwise_kernel", None)
-    if variable is None:
-        return None
     from bnport.adapters.keras.live import numbers
 
-    return kernel_of(node, lambda: numbers(variable), tuple(int(n) for n in variable.shape))
+    names: tuple[str, ...] = ("depthwise_kernel", "pointwise_kernel", "kernel")  # tf_keras', both's, Keras 3's
+    if node.class_name.startswith("Separable"):
+        names = ("pointwise_kernel",)
+    name = next((name for name in names if getattr(live, name, None) is not None), None)
+    if name is None:
+        return None
+    # asked for again when it is read: with LoRA or 4-bit integers it is a tensor that is computed each time
+    return kernel_of(node, lambda: numbers(getattr(live, name)), tuple(int(n) for n in getattr(live, name).shape))
 
 
 def _live_by_path(model: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
@@ -147,8 +148,10 @@ def own_code(layer: Any) -> list[str]:
 
 
 def numbers(variable: Any) -> Array:
-    """A variable's values as they are now, as a numpy array of its own dtype."""
-    array: Array = np.asarray(variable.numpy())
+    """A variable's values as they are now, as a numpy array of its own dtype; also those of a tensor."""
+    if type(variable).__module__.split(".")[0] in ("torch", "jax", "jaxlib"):  # a tensor, perhaps part of a graph
+        variable = sys.modules["keras"].ops.convert_to_numpy(variable)
+    array: Array = variable if isinstance(variable, np.ndarray) else np.asarray(variable.numpy())
     return array
 
 
