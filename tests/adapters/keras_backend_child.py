@@ -168,10 +168,53 @@ def kernels_that_are_computed_are_evidence_as_others_are():
         assert target.get_layer("first").epsilon == 0.5
 
 
+def between_batches_on_jax_it_is_said_that_the_numbers_are_not_there():
+    """Keras' JAX trainer takes them out of the variables, and puts them back before on_epoch_end."""
+
+    def made():
+        model = keras.Sequential([keras.Input((3,)), L.Dense(3), L.BatchNormalization(name="bn")])
+        model.compile("sgd", "mse")
+        return model
+
+    model, other, refused = made(), made(), []
+    uses = [
+        lambda: bnport.set_weights(model, "bn", beta=np.full(3, 7.0)),
+        lambda: bnport.set_weights(model, "bn", epsilon=0.5),
+        lambda: bnport.read(model)["bn"].record,
+        lambda: bnport.convert(other, model),
+        lambda: bnport.convert(model, other),
+        lambda: bnport.verify(model, other),
+    ]
+
+    class Callback(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch != 1:
+                return
+            for use in uses:
+                try:
+                    use()
+                except bnport.errors.NotFound as error:
+                    assert "on_epoch_end" in str(error)
+                    refused.append(use)
+
+        def on_epoch_end(self, epoch, logs=None):
+            bnport.set_weights(model, "bn", beta=np.full(3, 7.0), epsilon=0.25)
+            assert bnport.convert(model, other).ok
+
+    x = X.reshape(-1, 3)[:32]
+    model.fit(x, x, batch_size=8, verbose=0, callbacks=[Callback()])
+    assert refused == uses
+    record = bnport.read(model)["bn"].record
+    assert (record.epsilon, list(record.beta)) == (0.25, [7.0] * 3)
+    close(model.predict(x, verbose=0), record(numpy(model.layers[0](x))))
+
+
 def main():
     never_stale_wherever_the_layer_is_held()
     if kind == "torch":
         torch_compiles_anew_for_another_epsilon()
+    if kind == "jax":
+        between_batches_on_jax_it_is_said_that_the_numbers_are_not_there()
     if kind != "tf_keras":
         kernels_that_are_computed_are_evidence_as_others_are()
     inner, model, outer = build()

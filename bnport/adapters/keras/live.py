@@ -148,7 +148,15 @@ def own_code(layer: Any) -> list[str]:
 
 
 def numbers(variable: Any) -> Array:
-    """A variable's values as they are now, as a numpy array of its own dtype; also those of a tensor."""
+    """A variable's values as they are now, as a numpy array of its own dtype; also those of a tensor.
+
+    Raises NotFound for a variable that has none now, as on JAX while fit goes through the batches.
+    """
+    if getattr(variable, "_value", variable) is None:  # no ValueError: a kernel that raises that is left out
+        raise NotFound(
+            f"the numbers of {printable(variable.path)} are not there: on JAX Keras takes them out of the model while fit or"
+            " evaluate goes through the batches; do this in a callback's on_epoch_end, or afterwards"
+        )
     if type(variable).__module__.split(".")[0] in ("torch", "jax", "jaxlib"):  # a tensor, perhaps part of a graph
         variable = sys.modules["keras"].ops.convert_to_numpy(variable)
     array: Array = variable if isinstance(variable, np.ndarray) else np.asarray(variable.numpy())
