@@ -138,6 +138,69 @@ def test_an_error_at_any_step_puts_the_old_bytes_back(tmp_path, name, code, monk
     assert nth > 4
 
 
+def failing_at(monkeypatch, name, when):
+    """os.`name` fails at the calls for which when(its number, its arguments) is true."""
+    real, calls = getattr(os, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if when(len(calls), args):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, failing)
+    return calls
+
+
+def raised(call):
+    with pytest.raises(OutputError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_undo_file_that_cannot_be_removed_is_named_with_what_the_file_then_holds(tmp_path, monkeypatch):
+    path = target(tmp_path, ".keras")
+    old, patches = contents(path), patches_of(path)
+    stays = f"but {path + UNDO} cannot be removed (Permission denied); remove it yourself"
+
+    def refuse():
+        raise ValueError("not the same")
+
+    with monkeypatch.context() as patched:
+        failing_at(patched, "unlink", lambda *_: True)
+        assert raised(lambda: change(path, patches, lambda: None)) == f"{path}: is changed and checked, {stays}"
+        assert contents(path) != old
+        assert raised(lambda: restore(path)) == f"{path}: its old contents are back, {stays}"
+        assert contents(path) == old
+        os.remove(path + UNDO)
+        assert raised(lambda: change(path, patches, refuse)) == f"{path}: its old contents are back, {stays}"
+        assert contents(path) == old
+        put(path + UNDO, b"bnport undo")
+        assert raised(lambda: restore(path)) == f"{path}: had not been changed yet, {stays}"
+    os.remove(path + UNDO)
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_undo_file_that_is_there(tmp_path, monkeypatch):
+    path = target(tmp_path, ".keras")
+    old, patches = contents(path), patches_of(path)
+    with monkeypatch.context() as patched:
+        failing_at(patched, "fsync", lambda *_: not os.path.exists(path + UNDO))
+        said = raised(lambda: change(path, patches, lambda: None))
+        assert said.startswith(
+            f"{path}: is changed and checked, but its folder cannot be flushed to disk (Permission denied)"
+        )
+    assert contents(path) != old
+    put(path, old)
+    assert killed(14, "change", path).returncode == -9
+    with monkeypatch.context() as patched:
+        failing_at(patched, "fsync", lambda *_: not os.path.exists(path + UNDO))
+        said = raised(lambda: restore(path))
+        assert said.startswith(f"{path}: its old contents are back, but its folder cannot be flushed to disk")
+    assert contents(path) == old
+    assert not os.path.exists(path + UNDO)
+
+
 def test_a_check_that_fails_puts_the_old_bytes_back(tmp_path):
     path = target(tmp_path, ".keras")
     old = contents(path)

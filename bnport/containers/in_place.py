@@ -82,7 +82,8 @@ def change(path: str, patches: Iterable[Patch], check: Callable[[], None]) -> No
     """Write the patches into the file at `path`; `check` re-reads it, and if it raises the old bytes are put back.
 
     Raises OutputError for what check_changeable refuses and for I/O errors; what `check` raises passes through. The old
-    bytes are back in the file then; if even that fails, the message says how to put them back later.
+    bytes are back in the file then; if even that fails, the message says how to put them back later. Where only the
+    undo file cannot be removed it says which bytes the file has.
     """
     check_changeable(path)
     file = ReadFile(path)
@@ -111,19 +112,14 @@ def change(path: str, patches: Iterable[Patch], check: Callable[[], None]) -> No
         if isinstance(error, OSError) and not isinstance(error, OutputError):
             raise OutputError(f"{printable(path)}: {error.strerror or error}; its old contents are back") from error
         raise
-    try:
-        _gone(path + UNDO)
-    except OSError as error:
-        raise OutputError(
-            f"{printable(path)}: is changed and checked, but {printable(path + UNDO)} cannot be removed"
-            f" ({error.strerror or error}); remove it yourself"
-        ) from error
+    _end(path, "is changed and checked")
 
 
 def restore(path: str) -> str:
     """Put back the contents that a file had before a change in place was interrupted; says what was done.
 
     Raises NotFound without an undo file, FormatError for one that is damaged or another file's; nothing is written then.
+    OutputError where the file cannot be written, or the undo file not be removed; it says which.
     """
     shown = printable(path)
     try:
@@ -138,7 +134,7 @@ def restore(path: str) -> str:
     if undo is None:  # stopped while it was written, which is before the file is touched
         if is_sealed(file.pread(0, min(len(SEAL), file.size))):
             raise FormatError(f"{printable(path + UNDO)}: damaged; the old contents cannot be put back")
-        _gone(path + UNDO)
+        _end(path, "had not been changed yet")
         return f"{shown}: had not been changed yet"
     if undo.size != file.size:
         raise FormatError(f"{printable(path + UNDO)}: is of a file of {undo.size} bytes, {shown} has {file.size}")
@@ -307,9 +303,23 @@ def _put_back(path: str, undo: _Undo) -> None:
             f"{printable(path)}: its old contents cannot be put back ({error.strerror or error}); they are in"
             f" {printable(path + UNDO)}: 'bnport restore {printable(path)}' tries again"
         ) from error
-    _gone(path + UNDO)
+    _end(path, "its old contents are back")
 
 
-def _gone(path: str) -> None:
-    os.unlink(path)
-    flush(os.path.dirname(os.path.abspath(path)))
+def _end(path: str, done: str) -> None:
+    """Remove the undo file; OutputError that says what is `done` where that fails."""
+    undo = path + UNDO
+    try:
+        os.unlink(undo)
+    except OSError as error:
+        raise OutputError(
+            f"{printable(path)}: {done}, but {printable(undo)} cannot be removed ({error.strerror or error}); remove it"
+            " yourself"
+        ) from error
+    try:
+        flush(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:
+        raise OutputError(
+            f"{printable(path)}: {done}, but its folder cannot be flushed to disk ({error.strerror or error}); if"
+            f" {printable(undo)} is back after a power cut, remove it"
+        ) from error
