@@ -208,6 +208,19 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
 
     if isinstance(source, Layers):  # read already
         return source
+    try:
+        return _read(source, epsilon, format, options)
+    except FormatError as error:
+        path = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+        if not os.path.lexists(path + ".bnport-undo") or "bnport restore" in str(error):
+            raise
+        raise FormatError(
+            f"{error}; it was being changed in place when bnport was stopped: 'bnport restore {printable(path)}' puts its old"
+            " contents back"
+        ) from error
+
+
+def _read(source: Any, epsilon: float | None, format: str | None, options: Mapping[str, Any]) -> Layers:
     adapter = load(format) if format else find(source)
     known = adapter.read.__kwdefaults__ or {}
     given = {name: value for name, value in options.items() if value is not None}

@@ -2,13 +2,16 @@
 
 Only for a caller who asked for the file itself to be changed; everything else makes a copy (files.replace_file).
 
-    1. the old bytes of every place go into FILE.bnport-undo, flushed to disk with its folder
-    2. the places by which readers know the file (signatures, the zip end record) are overwritten, and flushed:
-       from here on nothing opens it, neither Keras nor torch nor bnport, which names the remedy
+    1. the old bytes of every place go into FILE.bnport-undo, flushed to disk with its folder. The file is the old one
+    2. the places by which readers know the file (signatures, the zip end record) are overwritten: first the one that they
+       cannot do without, flushed, then the others. From the first on nothing opens the file, neither Keras nor torch nor
+       bnport, which names the remedy
     3. the new bytes are written and flushed
-    4. the signatures are put back and flushed; the file is checked; the undo file is removed
+    4. the signatures are put back, in the opposite order. With the last one the file is the new one, wholly, and opens
+    5. `check` reads it, as any program now could; then the undo file is removed
 
-An error at any step puts the old bytes back at once. After a kill or a power cut `restore` does (bnport restore FILE).
+An error at any step puts the old bytes back at once, in steps 2 to 4. After a kill or a power cut `restore` does (bnport
+restore FILE).
 
 What the file holds already is not written. A target as its framework made it is ones and zeros, so the old bytes are stored
 deflated where that at least halves them: then hardly more is written than the parameters, otherwise twice as much.
@@ -221,7 +224,10 @@ def _contents(path: str) -> bytes:
 
 
 def _seals(file: ReadFile) -> list[Patch]:
-    """What is written over the places by which the file is known: its beginning, HDF5's signature, the zip end record."""
+    """What is written over the places by which the file is known: its beginning, HDF5's signature, the zip end record.
+
+    The last one lies where a reader begins, which opens nothing without it.
+    """
     if file.size < len(SEAL):
         raise FormatError(f"{printable(file.path)}: too short to be a model")
     seals = [Patch(0, SEAL)]
@@ -230,14 +236,17 @@ def _seals(file: ReadFile) -> list[Patch]:
         if file.pread(at, len(HDF5_SIGNATURE)) == HDF5_SIGNATURE:
             seals.append(Patch(at, b"\xff" * len(HDF5_SIGNATURE)))
         at *= 2
-    if file.pread(0, 4) == b"PK\x03\x04":
+    head = file.pread(0, len(HDF5_SIGNATURE))
+    if head.startswith(b"PK\x03\x04"):
         start = max(len(SEAL), file.size - _TAIL)
         tail = file.pread(start, file.size - start)
         found = tail.find(b"PK\x05\x06")
         while found >= 0:
             seals.append(Patch(start + found, b"\xff" * 4))
             found = tail.find(b"PK\x05\x06", found + 4)
-    return seals
+        return seals
+    first = 1 if len(seals) > 1 and head != HDF5_SIGNATURE else 0
+    return [*seals[:first], *seals[first + 1 :], seals[first]]
 
 
 def _fits(places: list[Patch], file: ReadFile) -> None:
@@ -280,17 +289,19 @@ def _overlaid(patch: Patch, others: Iterable[Patch]) -> Patch:
 
 
 def _write(path: str, size: int, seals: list[Patch], places: list[Patch]) -> None:
-    """Steps 2 to 4 of the module's list: what is under the seals is written last."""
+    """Steps 2 to 4 of the module's list."""
     file = ReadFile(path)
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         if not os.path.samestat(os.fstat(descriptor), os.fstat(file.fileno())) or file.size != size:
             raise OutputError(f"{printable(path)}: somebody else changed it meanwhile")
         ends = [_overlaid(Patch(s.offset, file.pread(s.offset, len(s.data))), places) for s in seals]
-        for step in (seals, [_overlaid(place, seals) for place in places], ends[:0:-1], ends[:1]):
+        inside = [_overlaid(place, seals) for place in places]
+        for step in (seals[-1:], seals[:-1], inside, ends[:-1], ends[-1:]):
             for patch in step:
                 write_at(descriptor, patch.offset, patch.data)
-            os.fsync(descriptor)
+            if step:
+                os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
