@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import threading
@@ -149,11 +150,25 @@ def test_a_range_is_copied_and_bytes_are_appended_also_where_a_system_takes_less
     assert (tmp_path / "out").read_bytes() == data[:2000] + data[1500:4999]
 
 
-def test_what_is_large_is_flushed_while_it_is_copied(tmp_path, monkeypatch):
+@pytest.fixture
+def waiting(monkeypatch):
+    """An event; while a file is copied, each step waits until it is set: threads have their turn in time."""
+    arrived = threading.Event()
+    monkeypatch.setattr(files, "tell", lambda *_: arrived.wait(10))
+    return arrived
+
+
+def test_what_is_large_is_flushed_while_it_is_copied(tmp_path, monkeypatch, waiting):
     path, out = target(tmp_path, ".keras"), str(tmp_path / "out.keras")
     flushed, real = set(), os.fsync
     monkeypatch.setattr(files, "COPIED", 500)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.add(threading.current_thread()), real(descriptor)))
+
+    def flush(descriptor):
+        flushed.add(threading.current_thread())
+        waiting.set()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
     write(path, out)
     (layer,) = bnport.read(out).values()
     assert_same_bits(layer.record, NEW.replace(epsilon=layer.epsilon))
@@ -161,12 +176,13 @@ def test_what_is_large_is_flushed_while_it_is_copied(tmp_path, monkeypatch):
     assert not any(thread.is_alive() for thread in flushed - {threading.current_thread()})
 
 
-def test_an_error_of_a_flush_that_nobody_waited_for_is_not_lost(tmp_path, monkeypatch):
+def test_an_error_of_a_flush_that_nobody_waited_for_is_not_lost(tmp_path, monkeypatch, waiting):
     path, out = target(tmp_path, ".keras"), str(tmp_path / "out.keras")
     real = os.fsync
 
     def once(descriptor):  # as Linux says it: to the first who asks
         if threading.current_thread() is not threading.main_thread():
+            waiting.set()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(descriptor)
 
@@ -175,6 +191,23 @@ def test_an_error_of_a_flush_that_nobody_waited_for_is_not_lost(tmp_path, monkey
     with pytest.raises(OutputError, match="Input/output error; nothing was written"):
         write(path, out)
     assert sorted(os.listdir(tmp_path)) == ["target.h5", "target.keras"]
+
+
+def test_a_large_file_is_copied_and_hashed_where_the_system_gives_no_thread(tmp_path, monkeypatch):
+    path, out = target(tmp_path, ".keras"), str(tmp_path / "out.keras")
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(files, "COPIED", 500)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    write(path, out)
+    (layer,) = bnport.read(out).values()
+    assert_same_bits(layer.record, NEW.replace(epsilon=layer.epsilon))
+    with open(out, "rb") as file:
+        assert files.Digest(out).result() == hashlib.sha256(file.read()).hexdigest()
+    with pytest.raises(OSError, match="nix"):
+        files.Digest(str(tmp_path / "nix")).result()
 
 
 def test_a_check_that_fails_leaves_nothing(tmp_path):

@@ -9,6 +9,7 @@ from bnport._lazy import TYPE_CHECKING
 from bnport.errors import FormatError, NotFound, OutputError, printable
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterable
 
 TEMPORARY = ".bnport-tmp"  # in the name of every temporary file, so that one left by a kill is recognisable
@@ -122,6 +123,7 @@ class Digest:
     """The sha256 of a file, computed on a thread while other work goes on (hashing releases the interpreter's lock).
 
     The thread ends early once nobody refers to the Digest any more: a conversion that was refused leaves no work behind.
+    Where the system gives no thread it is computed when it is asked for.
     """
 
     def __init__(self, path: str) -> None:
@@ -132,10 +134,12 @@ class Digest:
         self.at = 0, 0  # bytes done, and of how many
         self._outcome: list[str | Exception] = []
         self._thread = threading.Thread(target=_compute, args=(path, weakref.ref(self), self._outcome), daemon=True)
-        self._thread.start()
+        self._started = _started(self._thread)
 
     def result(self) -> str:
         """The hex digest; waits for it. Raises what reading the file raised."""
+        if not self._started:
+            return sha256(self.path)
         while self._thread.is_alive() and _watcher is not None:
             tell(*self.at, _hashing(self.path))
             self._thread.join(0.1)
@@ -144,6 +148,15 @@ class Digest:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+def _started(thread: threading.Thread) -> bool:
+    """Start it; whether there is a thread for it (a limit on processes may leave none)."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _compute(path: str, owner: Callable[[], Digest | None], outcome: list[str | Exception]) -> None:
@@ -188,6 +201,7 @@ def copy_range(source: ReadFile, out_descriptor: int, start: int, end: int) -> N
 class _Flusher:
     """Has an open file's contents written to disk on a thread while more are appended: the last flush has little left.
 
+    Where the system gives no thread the last flush has all of it.
     `end` raises what the system said: it says of an error once, and a later flush would not hear of it.
     """
 
@@ -198,7 +212,7 @@ class _Flusher:
         self._more = threading.Event()
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._flush, daemon=True)
-        self._thread.start()
+        self._started = _started(self._thread)
 
     def go_on(self) -> None:
         """There is more to flush; returns at once."""
@@ -208,7 +222,8 @@ class _Flusher:
         """Wait for what is being flushed."""
         self._ended = True
         self._more.set()
-        self._thread.join()
+        if self._started:
+            self._thread.join()
         if self._error is not None:
             raise self._error
 
