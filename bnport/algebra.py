@@ -50,15 +50,16 @@ def without_gamma(record: BatchNorm) -> BatchNorm:
     variance = record.variance.astype(np.float64)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         absorbed = np.where(one, variance, (variance + record.epsilon) / gamma**2 - record.epsilon)
-    for bad, why in (
-        (gamma <= 0, "gamma is not positive"),
-        (~one & ~(absorbed >= 0), f"its slope is steeper than 1/sqrt(epsilon {record.epsilon!r})"),
-        (~np.isfinite(absorbed), "its variance would overflow"),
+    steep = f"its slope is steeper than 1/sqrt(epsilon {record.epsilon!r})"
+    for bad, why, smaller in (
+        (gamma <= 0, "gamma is not positive", ""),
+        (~one & ~(absorbed >= 0), steep, ", or a smaller epsilon"),
+        (~np.isfinite(absorbed), "its variance would overflow", ""),
     ):
         if bad.any():
             raise Unrepresentable(
-                f"{first_channels(bad)} cannot be held without gamma (scale=False): {why}."
-                " Use a target with scale=True, or a smaller epsilon"
+                f"{first_channels(bad)} cannot be held without gamma (scale=False, no Scale layer): {why}."
+                f" Use a target that has gamma{smaller}"
             )
     return record.replace(gamma=np.ones_like(gamma), variance=absorbed)
 
@@ -72,13 +73,15 @@ def without_beta(record: BatchNorm) -> BatchNorm:
     bad = (a == 0) & (beta != 0)
     if bad.any():
         raise Unrepresentable(
-            f"{first_channels(bad)} cannot be held without beta (center=False): gamma is 0, so no mean gives"
-            " that output. Use a target with center=True"
+            f"{first_channels(bad)} cannot be held without beta (center=False, no bias): gamma is 0, so no mean gives"
+            " that output. Use a target that has beta"
         )
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         mean = np.where(beta == 0, record.mean, record.mean - beta / np.where(a == 0, 1.0, a))
     if not np.isfinite(mean).all():
-        raise Unrepresentable(f"{first_channels(~np.isfinite(mean))}: mean would overflow without beta (center=False)")
+        raise Unrepresentable(
+            f"{first_channels(~np.isfinite(mean))}: mean would overflow without beta (center=False, no bias)"
+        )
     return record.replace(beta=np.zeros_like(beta), mean=mean)
 
 

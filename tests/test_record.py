@@ -414,6 +414,32 @@ def test_no_epsilon_is_taken_that_an_engine_would_take_for_zero(dtype, exponent)
         does_not.fit(scale=False, center=True, epsilon=None, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("gamma", "variance", "why", "helps"),
+    [
+        (-1.0, 1.0, "gamma is not positive", False),  # no epsilon turns a slope round
+        (0.0, 1.0, "gamma is not positive", False),
+        (1e-160, 1.0, "its variance would overflow", False),
+        (300.0, 0.5, "its slope is steeper than 1/sqrt(epsilon 0.001)", True),
+    ],
+)
+def test_a_smaller_epsilon_is_advised_only_where_it_helps(gamma, variance, why, helps):
+    bn = BatchNorm(gamma=[0.5, gamma], beta=[1.0, 1.0], mean=[0.0, 0.0], variance=[1.0, variance], epsilon=1e-3)
+    with pytest.raises(Unrepresentable) as refused:
+        bn.without_gamma()
+    advice = "Use a target that has gamma" + ", or a smaller epsilon" * helps
+    assert (
+        str(refused.value) == f"channel 1 cannot be held without gamma (scale=False, no Scale layer): {why}. {advice}"
+    )
+    for smaller in (1e-6, 1e-9, 1e-12):
+        try:
+            bn.with_epsilon(smaller).without_gamma()
+        except Unrepresentable:
+            assert not helps or smaller > 1e-9
+        else:
+            assert helps
+
+
 def test_a_fit_says_what_it_absorbed():
     bn = BatchNorm(gamma=[2.0, 1.0], beta=[1.0, 0.0], mean=[0.0, 0.0], variance=[1e-6, 1.0], epsilon=1e-5)
     assert bn.fit(epsilon=1e-3).notes == ("epsilon 1e-05 -> 0.001 absorbed into variance and gamma (1 channels)",)
