@@ -121,6 +121,19 @@ def test_wrappers_are_left_out_of_the_names(tmp_path):
     check(adapters.read(saved(torch.nn.DataParallel(compiled).state_dict(), tmp_path)))
 
 
+@pytest.mark.parametrize(("use_buffers", "module_says", "state_says"), [(False, 1, 1), (True, 0, 1)])
+def test_statistics_that_were_not_averaged_are_said_in_every_form(tmp_path, use_buffers, module_says, state_says):
+    averaged = torch.optim.swa_utils.AveragedModel(chain(RECORDS), use_buffers=use_buffers)
+    whole = str(tmp_path / "whole.pth")
+    torch.save(averaged, whole)
+    forms = {averaged: module_says, whole: module_says, saved(averaged.state_dict(), tmp_path): state_says}
+    for form, says in forms.items():
+        notes = [note for note in adapters.read(form).notes if "running statistics are not averaged" in note]
+        assert len(notes) == says, form
+    notes = adapters.read(torch.nn.Sequential(averaged, chain(RECORDS))).notes  # also where it is inside another
+    assert any("running statistics are not averaged" in note for note in notes) == module_says
+
+
 def test_a_prefix_that_not_all_names_carry_stays(tmp_path, state):
     mixed = collections.OrderedDict((f"module.{name}", value) for name, value in state.items())
     mixed["head.weight"] = torch.zeros(2, 2)

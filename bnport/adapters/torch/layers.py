@@ -25,6 +25,8 @@ NO_STATISTICS = (
     " function to port. Compute them from data (bnport convert --calibrate DATA, or bnport calibrate), or set"
     " track_running_stats=True, run training batches through it and save again"
 )
+# of torch.optim.swa_utils.AveragedModel; a state dict does not tell how it was made
+AVERAGED = "an averaged model: its running statistics are not averaged{}"
 INSTANCE_NORMS = "{} InstanceNorm layers are not BatchNorm and were left alone"
 LAZY = "is a lazy layer that has not seen a batch yet; run one batch through the model, then save it"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnport._lazy import np
 from bnport.adapters.torch import STATE_WITHOUT
-from bnport.adapters.torch.layers import FIELD_OF, INSTANCE_NORMS, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import AVERAGED, FIELD_OF, INSTANCE_NORMS, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.modules import kernel_kind
 from bnport.adapters.torch.parameters import REMEDIES, STATISTICS, by_role, roles_of
 from bnport.adapters.torch.script import IN_TRAINING
@@ -125,6 +125,8 @@ def _layers_of(model: Any, where: str, inplace_abn: bool | None) -> tuple[list[L
     others = sum(_is_instance_norm(module) for module in model.modules())
     if others:
         notes.append(INSTANCE_NORMS.format(others))
+    if layers and any(getattr(m, "use_buffers", None) is False and hasattr(m, "n_averaged") for m in model.modules()):
+        notes.append(AVERAGED.format(" (use_buffers=False)"))
     return layers, notes
 
 

@@ -7,7 +7,7 @@ nn.Module keeps everything in three dicts: _modules, _parameters and _buffers.
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.adapters.torch.layers import INSTANCE_NORMS, LAZY, Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import AVERAGED, INSTANCE_NORMS, LAZY, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.parameters import by_role, is_foreign, roles_of
 from bnport.adapters.torch.search import is_lazy, named_modules, state_of
 from bnport.adapters.torch.state import plain_names
@@ -47,7 +47,13 @@ def layers_of_module(root: Any, checkpoint: Checkpoint, inplace_abn: bool | None
             layers.append(_layer(plain[name], kind, state, checkpoint, inplace_abn, kernels.get(plain[name])))
     if instance_norms:
         notes.append(INSTANCE_NORMS.format(instance_norms))
+    if layers and any(_averages_no_buffers(state, checkpoint) for _, _, state in modules):
+        notes.append(AVERAGED.format(" (use_buffers=False)"))
     return layers, notes
+
+
+def _averages_no_buffers(state: dict[str, Any], checkpoint: Checkpoint) -> bool:
+    return state.get("use_buffers") is False and "n_averaged" in (checkpoint.items(state.get("_buffers")) or {})
 
 
 def _get(state: dict[str, Any], name: str, checkpoint: Checkpoint) -> Any:

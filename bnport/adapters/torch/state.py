@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.adapters.torch.layers import Definition, feeding, kernel_of, make_layer
+from bnport.adapters.torch.layers import AVERAGED, Definition, feeding, kernel_of, make_layer
 from bnport.adapters.torch.parameters import STATISTICS, by_role, roles_of
 from bnport.errors import FormatError, printable
 
@@ -64,9 +64,7 @@ def layers_of_state(
     """
     plain, notes = plain_names(list(tensors))
     if "n_averaged" in tensors:
-        notes.append(
-            "an averaged model: its running statistics are not averaged unless it was made with use_buffers=True"
-        )
+        notes.append(AVERAGED.format(" unless it was made with use_buffers=True"))
     prefixes = norm_prefixes(tensors, where)
     kernels = feeding(_definitions(tensors, prefixes, plain))
     own, below = grouped(tensors, prefixes)
