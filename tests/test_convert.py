@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import subprocess
+import sys
 from importlib import import_module
 
 import numpy as np
@@ -231,6 +233,16 @@ def test_a_keras_source_whose_call_was_replaced_is_run_and_not_called_the_same()
     report = bnport.convert(source, target)
     assert not report.ok
     assert "its call() was replaced" in str(report)
+
+
+def test_a_program_that_ends_waits_for_no_digest_but_for_its_thread(tmp_path):
+    endless = tmp_path / "endless"
+    with open(endless, "wb") as file:
+        file.truncate(1 << 42)
+    code = (
+        f"from bnport.containers.files import Digest; kept = Digest({str(endless)!r}); assert not kept._thread.daemon"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("count", [1, 5])

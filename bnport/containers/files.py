@@ -122,18 +122,21 @@ def _hashed(path: str, go_on: Callable[[int, int], object]) -> str:
 class Digest:
     """The sha256 of a file, computed on a thread while other work goes on (hashing releases the interpreter's lock).
 
-    The thread ends early once nobody refers to the Digest any more: a conversion that was refused leaves no work behind.
+    The thread ends early once nobody refers to the Digest any more: a conversion that was refused leaves no work behind. So
+    it does when the program ends, which waits for that: a thread that goes on while the interpreter ends can bring it down.
     Where the system gives no thread it is computed when it is asked for.
     """
 
     def __init__(self, path: str) -> None:
+        import hashlib  # noqa: F401  (here, not by the thread: an import while the interpreter ends brings it down)
         import threading
         import weakref
 
         self.path = path
         self.at = 0, 0  # bytes done, and of how many
         self._outcome: list[str | Exception] = []
-        self._thread = threading.Thread(target=_compute, args=(path, weakref.ref(self), self._outcome), daemon=True)
+        running = threading.main_thread().is_alive
+        self._thread = threading.Thread(target=_compute, args=(path, weakref.ref(self), running, self._outcome))
         self._started = _started(self._thread)
 
     def result(self) -> str:
@@ -159,12 +162,14 @@ def _started(thread: threading.Thread) -> bool:
     return True
 
 
-def _compute(path: str, owner: Callable[[], Digest | None], outcome: list[str | Exception]) -> None:
+def _compute(
+    path: str, owner: Callable[[], Digest | None], running: Callable[[], bool], outcome: list[str | Exception]
+) -> None:
     def go_on(done: int, size: int) -> bool:
         digest = owner()
         if digest is not None:
             digest.at = done, size
-        return digest is not None
+        return digest is not None and running()
 
     try:
         outcome.append(_hashed(path, go_on))
@@ -211,7 +216,7 @@ class _Flusher:
         self._descriptor, self._ended = descriptor, False
         self._more = threading.Event()
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._flush, daemon=True)
+        self._thread = threading.Thread(target=self._flush)
         self._started = _started(self._thread)
 
     def go_on(self) -> None:
