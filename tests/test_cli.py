@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -443,3 +445,58 @@ def test_what_is_asked_about_a_target_names_the_options_of_the_target(tmp_path, 
     assert main(["verify", source, nested, "--target-option", "key=b"]) == 0
     assert main(["verify", source, TWIN, "--target-epsilon", "1e-3"]) == 2
     assert "--target-epsilon is for sources" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_terminated_convert_leaves_nothing_behind(tmp_path, how):
+    script = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+        "from bnport import outcome\n"
+        "from bnport.cli import main\n"
+        "outcome.Outcome.written = lambda *_: time.sleep(600)\n"  # the copy is there, and is being checked
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["convert", PTH, TWIN, "-o", str(tmp_path / "out.keras")]
+    running = subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (temporary,) = tmp_path.iterdir()
+    time.sleep(0.3)
+    running.send_signal(how)
+    _, error = running.communicate(timeout=60)
+    assert (running.returncode, error) == (2, "bnport: interrupted; no file is half-written\n")
+    assert not temporary.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_written_before_an_interruption_is_said(monkeypatch, tmp_path, capsys):
+    out = str(tmp_path / "out.keras")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bnport.cli.common.say", interrupted)
+    assert main(["convert", PTH, TWIN, "-o", out]) == 2
+    assert capsys.readouterr().err == f"bnport: interrupted; no file is half-written; {out} is written\n"
+
+
+def test_a_wrong_argument_is_said_as_json_too(capsys):
+    for arguments in (["show", "--json"], ["convert", PTH, TWIN, "--json", "--epsilon", "much"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        said = capsys.readouterr()
+        assert json.loads(said.out)["error"]["message"] in said.err
+
+
+def test_a_fault_of_bnport_is_not_the_exit_code_of_a_difference(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("bnport.adapters.read", broken)
+    assert main(["show", PTH]) == 2
+    assert capsys.readouterr().err.endswith(
+        "RuntimeError: a fault\nbnport: this is a fault in bnport; please report it, with the lines above\n"
+    )

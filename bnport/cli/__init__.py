@@ -12,9 +12,14 @@ import argparse
 import gc
 import importlib
 import os
+import signal
 import sys
 
-from bnport.errors import BnportError, printable
+from bnport._lazy import TYPE_CHECKING
+from bnport.errors import BnportError, InvalidValue, printable
+
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 _USAGE_ERROR = 2
 
@@ -39,9 +44,21 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=max(width, 40) - 2)
 
 
+class _Parser(argparse.ArgumentParser):
+    as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        """Also as JSON on standard output where that was asked for."""
+        if _Parser.as_json:
+            from bnport.cli import common
+
+            common.print_failure(InvalidValue(message))
+        super().error(message)
+
+
 def parser_of(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only `command`'s own arguments are configured, of the others just the one-line help is known."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bnport",
         description="Move BatchNorm parameters between deep-learning frameworks, and prove the result.",
         epilog="'bnport COMMAND --help' shows a command's options and examples.\n"
@@ -72,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = argparse.Namespace(written=[])
     try:
         try:
-            return _run(sys.argv[1:] if arguments is None else arguments, args)
+            with _Terminable():
+                return _run(sys.argv[1:] if arguments is None else arguments, args)
         except BnportError as error:
             _complain(printable(error, 4000))
             if getattr(args, "json", False):
@@ -82,17 +100,52 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _drop(1)
     except common.Unprinted as error:
-        done = "".join(f"; {printable(path)} is written" for path in args.written)
-        _complain(f"standard output cannot be written to ({error}){done}")
+        _complain(f"standard output cannot be written to ({error}){_written(args)}")
         _drop(1)
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was written")
+        _complain(f"interrupted; no file is half-written{_written(args)}")
     except MemoryError:
-        _complain("not enough memory; nothing was written")
+        _complain(f"not enough memory; no file is half-written{_written(args)}")
+    except Exception:  # a fault of ours: not 1, which says that two models differ
+        import traceback
+
+        traceback.print_exc()
+        _complain(f"this is a fault in bnport; please report it, with the lines above{_written(args)}")
     return _USAGE_ERROR
 
 
+def _written(args: argparse.Namespace) -> str:
+    return "".join(f"; {printable(path)} is written" for path in args.written)
+
+
+class _Terminable:
+    """While open, SIGTERM and SIGHUP are interruptions like Ctrl-C: temporary files are removed, a checkpoint is kept.
+
+    The second one ends the process at once.
+    """
+
+    def __enter__(self) -> None:
+        self._taken: list[signal.Signals] = []
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            try:
+                if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+                    signal.signal(number, self._interrupt)
+                    self._taken.append(number)
+            except ValueError:  # not in the main thread
+                return
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._taken:
+            signal.signal(number, signal.SIG_DFL)
+
+    @staticmethod
+    def _interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+
 def _run(arguments: list[str], args: argparse.Namespace) -> int:
+    _Parser.as_json = "--json" in arguments
     called = next((word for word in arguments if not word.startswith("-")), None)
     parser = parser_of(called if called in commands() else None)
     parser.parse_args(arguments, args)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 from typing import TYPE_CHECKING, Any
 
 from bnport.cli import common
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
 
 HELP = "Compute the mean and variance of a Keras model's BatchNorm layers from data, into a copy of the model."
 
@@ -101,33 +98,12 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {"images": images_options(args) or None, **{name: getattr(args, name) for name in names}}
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """While open, SIGTERM is an interruption like Ctrl-C: temporary files are removed, the checkpoint is kept.
-
-    The second one ends the process at once.
-    """
-
-    def interrupt(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    before = None
-    with contextlib.suppress(ValueError):  # not in the main thread
-        before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the copy, print old against new."""
     from bnport.calibrate.file import calibrate_file
     from bnport.errors import printable
 
-    with terminable(), common.Progress(args.json) as progress:
+    with common.Progress(args.json) as progress:
         result = calibrate_file(args.model, args.data, args.out, force=args.force, progress=progress, **options(args))
     args.written = [args.out]
     if args.json:

@@ -140,7 +140,7 @@ def _calibrated(args: argparse.Namespace) -> int:
     pairing = common.pairing_options(args)
     pairing.pop("target_epsilon")
     pairing.pop("target_options")
-    with calibrate.terminable(), common.Progress(args.json) as progress:
+    with common.Progress(args.json) as progress:
         report = convert_calibrated(
             args.source,
             args.target,

@@ -361,7 +361,7 @@ def test_a_terminated_command_cleans_up_and_keeps_its_checkpoint(files, tmp_path
     running.send_signal(how)
     _, error = running.communicate(timeout=60)
     assert running.returncode == 2
-    assert error.splitlines()[-1] == "bnport: interrupted; nothing was written"
+    assert error.splitlines()[-1] == "bnport: interrupted; no file is half-written"
     assert os.listdir(tmp_path / "spill") == []
     assert (tmp_path / "run").exists()
     assert not os.path.exists(out)
