@@ -14,6 +14,7 @@ import torch
 
 import bnport
 from bnport.errors import InvalidValue, Question
+from bnport.testing import assert_same_outputs
 from bnport.trace import trace
 from tests.twins import Net, batchnorm_weights, export, images, keras_twin
 
@@ -245,6 +246,110 @@ def test_a_network_that_makes_nan_is_not_said_to_hold_a_wrong_batchnorm(net):
     found = trace(net, broken, images())
     assert not [step for step in found.steps if step.layer_differs]
     assert found.faults[0].startswith("before bn2: its input already differs by inf")
+
+
+class Tail(torch.nn.Module):
+    """A BatchNorm layer, and a function after it."""
+
+    def __init__(self, tail):
+        super().__init__()
+        self.tail, self.bn = tail, torch.nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.tail(self.bn(x))
+
+
+def one(value, tail=lambda y: y):
+    """`tail`, and then `value` in one place."""
+
+    def put(y):
+        y = tail(y).clone()
+        y[0, 0, 0, 0] = value
+        return y
+
+    return put
+
+
+def other(y):
+    return y * 3 + 1
+
+
+@pytest.mark.parametrize("port", [other, one(float("nan"), other), one(float("inf"), other)])
+@pytest.mark.parametrize(
+    "original", [one(float("nan")), one(float("inf")), lambda y: y * float("nan"), lambda y: y / 0]
+)
+def test_an_original_that_gives_nan_or_infinity_is_refused_whatever_the_port_gives(original, port):
+    for options in ({}, {"tolerance": 0.1}):
+        with pytest.raises(
+            InvalidValue, match=r"live Tail, the original, makes NaN or infinity, .*: in its output, not"
+        ):
+            trace(Tail(original).eval(), Tail(port).eval(), images(), **options)
+    with pytest.raises(InvalidValue, match="makes NaN or infinity"):
+        assert_same_outputs(Tail(original).eval(), Tail(port).eval(), images())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_port_that_gives_nan_or_infinity_is_another_function(value):
+    found = trace(Tail(lambda y: y).eval(), Tail(one(value)).eval(), images())
+    assert not found.ok
+    assert "after the last BatchNorm layer, bn: their outputs differ by inf" in found.faults[0]
+
+
+@pytest.mark.parametrize("kind", ["torch", "keras"])
+def test_where_nan_begins_in_the_original_is_said(kind):
+    broken = Net()
+    with torch.no_grad():
+        broken.conv2.weight[0] = float("nan")
+    original = broken if kind == "torch" else keras_twin(broken)
+    with pytest.raises(InvalidValue, match=r"no comparison survives: first in what goes into bn2$"):
+        trace(original, broken, images())
+
+
+def test_where_a_layer_of_the_original_overflows_is_said():
+    loud = Tail(lambda y: y.clamp(-1, 1)).eval()
+    with torch.no_grad():
+        loud.bn.weight.fill_(3e38)
+    with pytest.raises(InvalidValue, match=r"no comparison survives: first in what comes out of bn$"):
+        trace(loud, loud, images() * 10)
+
+
+def test_a_layer_that_passes_infinity_on_and_a_predict_of_nan_are_not_to_blame(net):
+    broken = keras_twin(net)
+    kernel = broken.get_layer("conv2").get_weights()[0]
+    kernel[..., 0] = float("inf")
+    broken.get_layer("conv2").set_weights([kernel])
+    broken.predict(images().transpose(0, 2, 3, 1), verbose=0)
+    found = trace(net, broken, images())
+    assert found.faults
+    assert all(fault.startswith("before bn2: its input already differs by inf") for fault in found.faults), found.faults
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [lambda y: (y.amin() - y.amax()).sqrt() + y, lambda y: y - y.amax(), lambda y: y[y >= y.amax()]],
+    ids=["nan", "from zeros only", "another shape"],
+)
+def test_no_tolerance_is_measured_where_a_rounding_changes_the_original_beyond_measure(tail):
+    """With ones as its input; the tolerance was infinite, and every port passed."""
+    x = np.ones((2, 3, 4, 5), np.float32)
+    original, port = Tail(tail).eval(), Tail(lambda y: other(tail(y))).eval()
+    with pytest.raises(InvalidValue, match=r"rounded once more changes its output beyond measure .* give one"):
+        trace(original, port, x)
+    assert not trace(original, port, x, tolerance=0.1).ok
+    inner = torch.nn.BatchNorm2d(3).eval()
+    with pytest.raises(InvalidValue, match=r"rounded once more changes what goes into inner beyond measure"):
+        trace(*(Branch(inner, shift) for shift in (0, 1)), x)
+
+
+class Branch(torch.nn.Module):
+    """A BatchNorm layer whose input is `shift` for a constant image, and moves with its rounding."""
+
+    def __init__(self, inner, shift):
+        super().__init__()
+        self.inner, self.shift = inner, shift
+
+    def forward(self, x):
+        return x + self.inner(x - x.amax() + self.shift)
 
 
 def test_a_shared_layer_is_compared_at_each_of_its_calls():

@@ -50,7 +50,8 @@ def trace(
     where 16-bit floats are involved) what one rounding of the input does to A there. map, skip, only_under: as for
     `bnport.convert`. progress: called as progress(done, total, what). The models are left as they were.
 
-    Raises InvalidValue for an input or a model that cannot be run, Question where the layout decides and is not given.
+    Raises InvalidValue for an input or a model that cannot be run, for NaN or infinity in the input or in what A makes of
+    it, and where no tolerance can be measured; Question where the layout decides and is not given.
     """
     x = np.asarray(x)
     if x.dtype.kind == "f" and not np.isfinite(x).all():
@@ -70,6 +71,7 @@ def trace(
     (_, adapter_a), (_, adapter_b) = sides
     xs = [oriented(x, first, *form) for form in forms]
     outputs_a = _tapped(adapter_a, a, xs[0], comparison.of_a, layers_a.source)
+    comparison.check_a(outputs_a)
     outputs_b = _tapped(adapter_b, b, xs[1], comparison.of_b, layers_b.source)
     for (model, adapter), own, outputs in zip(sides, xs, (outputs_a, outputs_b), strict=True):
         if hasattr(adapter, "compiled_outputs"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bnport._lazy import np
-from bnport.errors import listed, printable
+from bnport.errors import InvalidValue, listed, printable
 from bnport.explain import explain
 from bnport.trace.result import Own, Step, Trace
 
@@ -41,6 +41,7 @@ class Comparison:
         self.calls: dict[str, int] = {}
         self.steps: list[Step] = []
         self.faults: list[str] = []
+        self.not_finite = ""  # where A's first NaN or infinity was seen
         self.computes_in = "float32"
         self.noise: dict[tuple[str, int], float] = {}  # of an input of A: its response to one rounding of the network's
         self.noise_calls: dict[str, int] = {}
@@ -56,6 +57,9 @@ class Comparison:
         """One call in A: kept, and held against A's own numbers."""
         if name not in self.wanted:
             return
+        if not self.not_finite:
+            word = "goes into" if not _finite(x) else "comes out of" if not _finite(y) else ""
+            self.not_finite = word and f"first in what {word} {printable(name)}"
         record = self.layers_a[name].record
         own = _own(record, record, x, y, dtype, self.layers_a[name].dtype)
         if own.ratio > 1 and name not in self.seen:
@@ -65,6 +69,20 @@ class Comparison:
             )
         self.seen.setdefault(name, []).append((x, y, dtype))
         self._step(f"running {name}")
+
+    def check_a(self, outputs: list[Array]) -> None:
+        """Refuse NaN and infinity in A, which has run: no difference to them is a number, and nor is a measured tolerance.
+
+        Not refused as the calls come in, because Keras writes about the call around whatever is raised inside a layer.
+        """
+        where = self.not_finite
+        if not where and not all(map(_finite, outputs)):
+            where = "in its output, not in a BatchNorm layer that is compared"
+        if where:
+            raise InvalidValue(
+                f"{printable(self.layers_a.source)}, the original, makes NaN or infinity, which no comparison survives:"
+                f" {where}"
+            )
 
     def of_b(self, name: str, x: Array, y: Array, dtype: str) -> None:
         """One call in B: compared with the same call in A."""
@@ -106,8 +124,21 @@ class Comparison:
     def _limit(self, noise: float) -> float:
         return self.tolerance if self.tolerance is not None else self.factor * max(noise, self.ulp)
 
+    def _check_noise(self, moved: float) -> None:
+        """Refuse a tolerance that would be infinite: every difference would pass."""
+        places = {f"what goes into {printable(name)}": noise for (name, _), noise in self.noise.items()}
+        where = next((place for place, noise in {**places, "its output": moved}.items() if noise == float("inf")), None)
+        if where is not None:
+            raise InvalidValue(
+                f"{printable(self.layers_a.source)}, the original: its input rounded once more changes {where} beyond measure"
+                " (to NaN, infinity or another shape, or from zeros only), so no tolerance can be measured; give one"
+                " (tolerance, --tolerance)"
+            )
+
     def compiled(self, port: bool, outputs: list[Array], predicted: list[Array] | None) -> None:
         """What a network's compiled predict gives for the same input, where there is one: it may be stale."""
+        if not all(map(_finite, outputs)):
+            return  # of B, which differs by that already; NaN is not equal to itself
         pairs = zip(outputs, predicted or (), strict=False)
         source = (self.layers_b if port else self.layers_a).source
         self.predicted.append((source, max((_difference(u, v) for u, v in pairs), default=0.0)))
@@ -115,6 +146,7 @@ class Comparison:
     def result(self, outputs_a: list[Array], outputs_b: list[Array], shaken: list[Array]) -> Trace:
         """The verdict, once both have run, and A again on a shaken input (`shaken`: its outputs, or none)."""
         moved = max((_difference(u, v) for u, v in zip(outputs_a, shaken, strict=False)), default=0.0)
+        self._check_noise(moved)
         tolerance = self._limit(moved)
         self.steps = [s._replace(tolerance=self._limit(self.noise.get((s.a, s.call), 0.0))) for s in self.steps]
         self.seen.clear()
@@ -195,7 +227,7 @@ def _own(reference: BatchNorm, held: BatchNorm, x: Array, y: Array, dtype: str, 
         bound = held.error_bound(seen, output_dtype=dtype) + held.storage_bound(seen, dtype=stored)
         with np.errstate(invalid="ignore"):
             ratio = np.abs(got - expected) / bound
-        both = np.isnan(expected) & np.isnan(got)  # the layer passes on what it was given
+        both = np.isnan(expected) & np.isnan(got) | (expected == got)  # NaN and infinity: passed on as they were given
         ratio = np.where(both, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
         at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
         if ratio[at] > worst.ratio:
@@ -214,8 +246,12 @@ def _own_words(own: Own) -> str:
     return f"channel {own.channel}: {own.expected:.7g} expected, {own.got:.7g} got, {own.ratio:.3g} times the bound"
 
 
+def _finite(a: Array) -> bool:
+    return a.dtype.kind not in "fc" or bool(np.isfinite(a).all())
+
+
 def _difference(a: Array, b: Array) -> float:
-    """Root mean square of a - b over that of a; inf where the shapes differ or something is not a number."""
+    """Root mean square of a - b over that of a; inf where the shapes differ or something is not finite."""
     if a.shape != b.shape:
         return float("inf")
     if not a.size:
@@ -227,7 +263,7 @@ def _difference(a: Array, b: Array) -> float:
         top, bottom = top + float(np.sum((u - v) ** 2)), bottom + float(np.sum(u**2))
     if top == 0:
         return 0.0
-    ratio = (top / bottom) ** 0.5 if bottom else float("inf")
+    ratio = (top / bottom) ** 0.5 if 0 < bottom < float("inf") else float("inf")
     return ratio if ratio == ratio else float("inf")
 
 
