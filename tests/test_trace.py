@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -237,6 +238,23 @@ def test_an_input_that_is_not_finite_is_refused_and_one_that_is_zero_is_not(net,
     with pytest.raises(InvalidValue, match="NaN or infinity"):
         trace(net, twin, np.full((1, 3, 16, 16), np.nan, np.float32))
     assert trace(net, twin, np.zeros((1, 3, 16, 16), np.float32)).ok
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [((0, 3, 8, 8), "no samples at all"), ((2, 3, 0, 8), "samples without values"), ((0,), "no samples at all")],
+)
+def test_an_input_without_samples_or_values_is_refused(shape, what):
+    x = np.zeros(shape, np.float32)
+    for compare in (trace, assert_same_outputs):
+        with pytest.raises(InvalidValue, match=rf"the input has shape {re.escape(str(shape))}: {what}"):
+            compare(Tail(lambda y: y).eval(), Tail(other).eval(), x)
+
+
+@pytest.mark.parametrize("tail", [lambda y: y[:0], lambda y: (y[:0], y[:, :0]), lambda y: ()])
+def test_outputs_without_values_are_refused(tail):
+    with pytest.raises(InvalidValue, match="live Tail, the original, gives no values that could differ"):
+        trace(Tail(tail).eval(), Tail(tail).eval(), images())
 
 
 def test_a_network_that_makes_nan_is_not_said_to_hold_a_wrong_batchnorm(net):

@@ -50,10 +50,13 @@ def trace(
     where 16-bit floats are involved) what one rounding of the input does to A there. map, skip, only_under: as for
     `bnport.convert`. progress: called as progress(done, total, what). The models are left as they were.
 
-    Raises InvalidValue for an input or a model that cannot be run, for NaN or infinity in the input or in what A makes of
-    it, and where no tolerance can be measured; Question where the layout decides and is not given.
+    Raises InvalidValue for an input or a model that cannot be run, for NaN, infinity or no values at all in the input or in
+    what A makes of it, and where no tolerance can be measured; Question where the layout decides and is not given.
     """
     x = np.asarray(x)
+    if not x.size:
+        what = "samples without values" if x.shape[0] else "no samples at all"
+        raise InvalidValue(f"the input has shape {x.shape}: {what}, nothing that could differ")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
         raise InvalidValue("the input holds NaN or infinity, which no comparison survives")
     sides = [(model, adapters.find(model)) for model in (a, b)]

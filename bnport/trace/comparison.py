@@ -73,6 +73,7 @@ class Comparison:
     def check_a(self, outputs: list[Array]) -> None:
         """Refuse NaN and infinity in A, which has run: no difference to them is a number, and nor is a measured tolerance.
 
+        Refuse outputs without values, too, from which nothing can differ.
         Not refused as the calls come in, because Keras writes about the call around whatever is raised inside a layer.
         """
         where = self.not_finite
@@ -83,6 +84,8 @@ class Comparison:
                 f"{printable(self.layers_a.source)}, the original, makes NaN or infinity, which no comparison survives:"
                 f" {where}"
             )
+        if not any(output.size for output in outputs):
+            raise InvalidValue(f"{printable(self.layers_a.source)}, the original, gives no values that could differ")
 
     def of_b(self, name: str, x: Array, y: Array, dtype: str) -> None:
         """One call in B: compared with the same call in A."""
