@@ -81,7 +81,7 @@ def assert_same_outputs(
     ("NCHW", "NHWC") where that is not plain from its shape. tolerance: what `bnport.trace` takes for a difference between
     networks. map, skip, only_under: as for `bnport.convert`. Raises AssertionError that names the first BatchNorm layer at
     which they part, whether it is that layer or something before it, the channel, expected and got, and the likely mistake;
-    bnport errors where the two cannot run.
+    bnport errors where the two cannot run or cannot be compared: what `bnport.trace` refuses.
     """
     __tracebackhide__ = True
     from bnport.trace import trace

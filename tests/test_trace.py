@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from fractions import Fraction
 
 import keras
 import numpy as np
@@ -156,6 +157,23 @@ def test_a_tolerance_that_is_given_is_used(net, twin):
     twin.get_layer("down").set_weights([kernel * np.float32(1.01)])
     assert not trace(net, twin, images(), tolerance=5e-3).ok
     assert trace(net, twin, images(), tolerance=5e-2).ok
+
+
+@pytest.mark.parametrize(
+    "bad", [-1, -1e-9, float("nan"), np.float32("inf"), 10**400, "0.1", b"1", True, [0.1], np.ones(1)]
+)
+def test_a_tolerance_that_is_no_finite_number_from_0_on_is_refused(bad):
+    for compare in (trace, assert_same_outputs):
+        with pytest.raises(InvalidValue, match=r"^tolerance: expected a finite number >= 0, got "):
+            compare(Tail(lambda y: y).eval(), Tail(other).eval(), images(), tolerance=bad)
+
+
+def test_a_tolerance_of_any_kind_of_number_is_taken():
+    for good in (0, 0.0, 1, np.float32(0.5), np.int64(2), Fraction(1, 2)):
+        found = trace(Tail(lambda y: y).eval(), Tail(lambda y: y).eval(), images(), tolerance=good)
+        assert found.ok
+        assert found.tolerance == good
+        json.dumps(found.to_dict())
 
 
 def test_a_wrong_padding_and_a_wrong_layer_after_it_are_both_reported(net):

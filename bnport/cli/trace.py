@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="T",
-        help="relative difference that counts (default: measured, 32 times what rounding the input once does to A)",
+        help="relative difference that counts, 0 or more (default: measured, 32 times what rounding the input once does to A)",
     )
     common.add_json(parser)
     common.add_pairing_options(parser)

@@ -11,6 +11,7 @@ Both networks run in their own frameworks. At every call of every paired BatchNo
 from __future__ import annotations
 
 import os
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from bnport import adapters
@@ -50,9 +51,11 @@ def trace(
     where 16-bit floats are involved) what one rounding of the input does to A there. map, skip, only_under: as for
     `bnport.convert`. progress: called as progress(done, total, what). The models are left as they were.
 
-    Raises InvalidValue for an input or a model that cannot be run, for NaN, infinity or no values at all in the input or in
-    what A makes of it, and where no tolerance can be measured; Question where the layout decides and is not given.
+    Raises InvalidValue for a tolerance that is no finite number >= 0, an input or a model that cannot be run, NaN, infinity
+    or no values at all in the input or in what A makes of it, and where no tolerance can be measured; Question where the
+    layout decides and is not given.
     """
+    tolerance = _checked(tolerance)
     x = np.asarray(x)
     if not x.size:
         what = "samples without values" if x.shape[0] else "no samples at all"
@@ -83,6 +86,19 @@ def trace(
     if tolerance is None:
         shaken = _tapped(adapter_a, a, _shaken(xs[0], comparison.ulp), comparison.of_shaken_a, layers_a.source)
     return comparison.result(outputs_a, outputs_b, shaken)
+
+
+def _checked(tolerance: object) -> float | None:
+    """`tolerance` as a finite float >= 0, or None; of anything else every difference or none would pass."""
+    if tolerance is None:
+        return None
+    try:
+        value = float(tolerance) if isinstance(tolerance, Real) and not isinstance(tolerance, bool) else -1.0
+    except OverflowError:  # an integer
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InvalidValue(f"tolerance: expected a finite number >= 0, got {printable(repr(tolerance), 60)}")
+    return value
 
 
 def _tapped(
