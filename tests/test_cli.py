@@ -268,6 +268,12 @@ def test_a_name_that_standard_output_cannot_show_is_no_exit_code_1(tmp_path):
     assert done.stderr.startswith("bnport: standard output cannot be written to ('ascii' codec")
 
 
+def test_json_that_cannot_be_written_is_not_begun(capsys):
+    with pytest.raises(ValueError, match="JSON"):
+        common.print_json({"a": 1.0, "b": float("nan")})
+    assert not capsys.readouterr().out
+
+
 def test_records_go_out_and_come_back(tmp_path, capsys):
     records, out = tmp_path / "records.safetensors", tmp_path / "out.keras"
     assert main(["convert", PTH, str(records)]) == 0

@@ -530,6 +530,15 @@ def test_the_json_form_is_plain_json(net):
     assert bnport.trace is not None
 
 
+@pytest.mark.parametrize("wrong", [lambda x: x * float("nan"), lambda x: x[:, :, 1:], lambda x: x / 0])
+def test_the_json_form_of_a_layer_that_gives_nan_infinity_or_another_shape_is_plain_json(wrong):
+    port = Tail(lambda y: y).eval()
+    port.bn.forward = wrong
+    value = json.loads(json.dumps(trace(Tail(lambda y: y).eval(), port, images()).to_dict(), allow_nan=False))
+    assert value["steps"][0]["own"]["ratio"] is None
+    assert value["steps"][0]["own"]["got"] is None
+
+
 MODELS = """
 import sys
 sys.path.insert(0, {root!r})

@@ -130,7 +130,7 @@ def flush_output() -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on standard output; NaN and infinity never appear in it."""
+    """One JSON document on standard output, whole or not at all; NaN and infinity never appear in it."""
     import json
 
     say(json.dumps(value, indent=1, allow_nan=False))

@@ -71,10 +71,10 @@ class Trace(NamedTuple):
         return next((s for s in self.steps if s.layer_differs or s.input_differs), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; infinity becomes null."""
+        """Everything as plain JSON values; NaN and infinity become null."""
         steps = []
         for step in self.steps:
-            own = {**step.own._asdict(), "ratio": finite(step.own.ratio)}
+            own = {key: finite(value) for key, value in step.own._asdict().items()}
             entry = {**step._asdict(), "own": own, "layer_differs": step.layer_differs}
             entry["input_difference"] = finite(step.input_difference)
             entry["output_difference"] = finite(step.output_difference)
