@@ -579,6 +579,68 @@ def test_the_command_line_runs_the_users_own_functions_and_files(net, twin, onnx
     assert done.stderr.splitlines()[-1].endswith("nets.py:broken: RuntimeError: no weights here")
 
 
+LOUD = """
+import os, sys
+import torch
+
+print("imported")
+
+class Loud(torch.nn.Module):
+    def __init__(self, code=None):
+        super().__init__()
+        self.bn, self.code = torch.nn.BatchNorm2d(3), code
+
+    def forward(self, x):
+        print("running")
+        print("straight", file=sys.__stdout__)
+        os.system("echo another program")
+        if self.code is not None:
+            sys.exit(self.code)
+        return self.bn(x)
+
+def quiet():
+    print("called")
+    return Loud().eval()
+
+def leaving():
+    sys.exit(3)
+
+def left():
+    return Loud("no weights").eval()
+"""
+
+
+@pytest.fixture
+def loud(tmp_path):
+    (tmp_path / "loud.py").write_text(LOUD)
+    np.save(tmp_path / "x.npy", images())
+    return lambda *names: run(
+        *(f"{tmp_path}/loud.py:{name}" for name in names), "--input", tmp_path / "x.npy", "--json"
+    )
+
+
+def test_what_the_users_code_prints_is_not_in_the_report(loud):
+    done = loud("quiet", "quiet")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"] is True
+    assert {"imported", "called", "running", "straight", "another program"} <= set(done.stderr.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("leaving", "loud.py:leaving: SystemExit: 3"),
+        ("left", "loud.py:left ends the program when it runs: SystemExit: no weights"),
+    ],
+)
+def test_a_users_code_that_ends_the_program_is_one_line_and_exit_2(loud, name, said):
+    done = loud("quiet", name)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(said)
+    assert json.loads(done.stdout)["error"]["message"].endswith(said)
+
+
 @pytest.mark.parametrize("bad", [b"", b"nonsense", "pickle", "vector"])
 def test_a_bad_input_file_is_one_line_and_exit_2(bad, onnx_path, tmp_path):
     path = tmp_path / "x.npy"

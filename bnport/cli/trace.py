@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from bnport.cli import common
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
 HELP = "Run two whole networks on one input and say where they part: a BatchNorm layer, or something before it?"
 
@@ -22,6 +25,7 @@ A and B are networks that can run:
   model.keras       loaded by keras.saving.load_model in safe mode (a Lambda layer is refused)
   file.py:function  or package.module:function: your own code is imported, and the function, called without arguments,
                     returns a torch or Keras model. This is the one place where bnport runs code, and it is yours.
+                    What it prints goes to standard error.
 Weights alone (.pth, .weights.h5) are no network: load them in such a function.
 
 x.npy is an array (N, ...); each network gets its channels where it wants them. Exit code 0 the networks agree, 1 they
@@ -48,28 +52,49 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trace, print, and say whether the networks agree."""
-    from bnport.errors import InvalidValue
+    from bnport.errors import InvalidValue, printable
     from bnport.trace import trace
 
     x = _array(args.input)
     options = common.pairing_options(args)
     if options.pop("target_epsilon") is not None or options.pop("target_options"):
         raise InvalidValue("--target-epsilon, --target-option: live networks hold their own numbers")
-    with common.Progress(args.json) as progress:
-        result = trace(
-            _model(args.a),
-            _model(args.b),
-            x,
-            layout=args.layout,
-            tolerance=args.tolerance,
-            progress=progress,
-            **options,
-        )
+    try:
+        with common.Progress(args.json) as progress, _printing_to_stderr():
+            result = trace(
+                _model(args.a),
+                _model(args.b),
+                x,
+                layout=args.layout,
+                tolerance=args.tolerance,
+                progress=progress,
+                **options,
+            )
+    except SystemExit as error:
+        models = f"{printable(args.a)} or {printable(args.b)}"
+        raise InvalidValue(
+            f"the network of {models} ends the program when it runs: SystemExit: {printable(error)}"
+        ) from error
     if args.json:
         common.print_json(result.to_dict())
     else:
         common.say(result)
     return 0 if result.ok else 1
+
+
+@contextlib.contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Standard output is the report's: what the user's code prints meanwhile, or a program it starts, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()  # what found its way into it all the same
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _array(path: str) -> Any:
@@ -112,7 +137,6 @@ def _called(text: str, place: str, function: str) -> Any:
     """Import the user's own module or file, and call the function they named."""
     import importlib
     import importlib.util
-    import sys
 
     from bnport.errors import BnportError, InvalidValue, NotFound, printable
 
@@ -133,5 +157,5 @@ def _called(text: str, place: str, function: str) -> Any:
         return getattr(module, function)()
     except BnportError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidValue(f"{printable(text)}: {type(error).__name__}: {printable(error)}") from error
