@@ -641,6 +641,18 @@ def test_a_users_code_that_ends_the_program_is_one_line_and_exit_2(loud, name, s
     assert json.loads(done.stdout)["error"]["message"].endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(os.mkfifo, "not a regular file"), (os.mkdir, "not a regular file"), (lambda path: None, "no such file")],
+)
+def test_an_input_that_is_no_regular_file_is_refused(make, said, onnx_path, tmp_path):
+    make(tmp_path / "x.npy")
+    command = [sys.executable, "-m", "bnport", "trace", onnx_path, onnx_path, "--input", str(tmp_path / "x.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"bnport: {tmp_path}/x.npy: {said}\n"
+
+
 @pytest.mark.parametrize("bad", [b"", b"nonsense", "pickle", "vector"])
 def test_a_bad_input_file_is_one_line_and_exit_2(bad, onnx_path, tmp_path):
     path = tmp_path / "x.npy"

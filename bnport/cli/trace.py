@@ -100,12 +100,12 @@ def _printing_to_stderr() -> Iterator[None]:
 def _array(path: str) -> Any:
     import numpy as np
 
-    from bnport.errors import FormatError, NotFound, printable
+    from bnport.containers.files import ReadFile
+    from bnport.errors import FormatError, printable
 
+    ReadFile(path).close()  # refuses what is no regular file: of a pipe np.load waits for ever
     try:
         x = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise NotFound(f"{printable(path)}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
         raise FormatError(f"{printable(path)}: not an array of numpy.save: {printable(error)}") from None
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu" or x.ndim < 2:
