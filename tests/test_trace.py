@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import bnport
+from bnport.cli import main
 from bnport.errors import InvalidValue, Question
 from bnport.testing import assert_same_outputs
 from bnport.trace import trace
@@ -639,6 +640,21 @@ def test_a_users_code_that_ends_the_program_is_one_line_and_exit_2(loud, name, s
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith(said)
     assert json.loads(done.stdout)["error"]["message"].endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("5", "no format reads a builtins.int object; there are "),
+        ("None", "no format reads a builtins.NoneType object; there are "),
+        ("'absent.onnx'", "absent.onnx: no such file"),
+    ],
+)
+def test_a_function_that_returns_no_model_is_named(value, said, onnx_path, tmp_path, capsys):
+    (tmp_path / "mods.py").write_text(f"def five(): return {value}")
+    np.save(tmp_path / "x.npy", images())
+    assert main(["trace", f"{tmp_path}/mods.py:five", onnx_path, "--input", f"{tmp_path}/x.npy"]) == 2
+    assert f"mods.py:five returns: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def _called(text: str, place: str, function: str) -> Any:
     import importlib
     import importlib.util
 
+    from bnport import adapters
     from bnport.errors import BnportError, InvalidValue, NotFound, printable
 
     try:
@@ -154,8 +155,13 @@ def _called(text: str, place: str, function: str) -> Any:
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
             module = importlib.import_module(place)
-        return getattr(module, function)()
+        model = getattr(module, function)()
     except BnportError:
         raise
     except (Exception, SystemExit) as error:
         raise InvalidValue(f"{printable(text)}: {type(error).__name__}: {printable(error)}") from error
+    try:
+        adapters.find(model)
+    except BnportError as error:
+        raise type(error)(f"what {printable(text)} returns: {error}") from None
+    return model
