@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import bnport
 from bnport.cli import main
@@ -516,11 +517,28 @@ def test_progress_runs_over_both_networks_and_arrives(net, twin):
     assert {total for _, total, _ in seen} == {6}
 
 
-def test_weights_alone_are_no_network(net, tmp_path):
-    path = str(tmp_path / "net.pth")
-    torch.save(net.state_dict(), path)
-    with pytest.raises(InvalidValue, match="this file holds weights, not a network"):
+@pytest.mark.parametrize("name", ["state.pth", "module.pt", "twin.keras", "net.safetensors"])
+def test_of_other_files_than_onnx_the_live_model_is_asked(name, net, twin, tmp_path):
+    path = str(tmp_path / name)
+    if name == "twin.keras":
+        twin.save(path)
+    elif name == "net.safetensors":
+        save_file(net.state_dict(), path)
+    else:
+        torch.save(net if name == "module.pt" else net.state_dict(), path)
+    with pytest.raises(InvalidValue, match=r"give the live model .*; no network is run from a file of this kind"):
         trace(net, path, images())
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.zeros(1, 3, 16, 16))])
+def test_torchscript_is_not_said_to_hold_weights_only(make, net, tmp_path):
+    path = tmp_path / "net.pt"
+    make(net).save(path)
+    for given in (path, str(path)):
+        with pytest.raises(
+            InvalidValue, match=r"net\.pt: give the live model .*; this file is TorchScript, .* no hooks"
+        ):
+            trace(net, given, images())
 
 
 def test_the_json_form_is_plain_json(net):

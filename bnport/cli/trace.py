@@ -26,7 +26,8 @@ A and B are networks that can run:
   file.py:function  or package.module:function: your own code is imported, and the function, called without arguments,
                     returns a torch or Keras model. This is the one place where bnport runs code, and it is yours.
                     What it prints goes to standard error.
-Weights alone (.pth, .weights.h5) are no network: load them in such a function.
+Weights alone (.pth, .weights.h5) are no network: load them in such a function. TorchScript takes no hooks: let the
+function return the Python module that it was made from.
 
 x.npy is an array (N, ...); each network gets its channels where it wants them. Exit code 0 the networks agree, 1 they
 part, 2 could not run."""

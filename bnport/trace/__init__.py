@@ -68,7 +68,12 @@ def trace(
             kind = adapter.__name__.rsplit(".", 1)[-1]
             raise InvalidValue(f"a whole {kind} model cannot be run here; torch, Keras and ONNX models can")
         if isinstance(model, str | os.PathLike) and "onnx" not in adapter.PACKAGES:
-            raise InvalidValue(f"{printable(model)}: give the live model; this file holds weights, not a network")
+            why = "no network is run from a file of this kind"
+            if hasattr(adapter, "is_script") and adapter.is_script(os.fspath(model)):
+                why = "this file is TorchScript, which takes no hooks, so give the Python module that it was made from"
+            raise InvalidValue(
+                f"{printable(model)}: give the live model (on the command line, FILE.py:FUNCTION that returns it); {why}"
+            )
     forms: list[Form] = [adapter.input_form(m) for m, adapter in sides]  # type: ignore[attr-defined]
     first = channels_first(x, layout, forms)
     layers_a, layers_b = (adapters.read_some(model) for model, _ in sides)

@@ -308,6 +308,13 @@ def tap(model: Any, x: Any, each: Callable[[str, Any, Any, str], None]) -> list[
     return tap_live(model, x, each)
 
 
+def is_script(path: str) -> bool:
+    """Whether a file is TorchScript: a whole network, but one that takes no hooks, so that `tap` refuses it."""
+    file = ReadFile(path)
+    opened = _opened(file) if file.pread(0, min(2, file.size)) == b"PK" else None
+    return opened is not None and not isinstance(opened, Layers) and opened.is_script
+
+
 def input_form(model: Any) -> tuple[bool, None]:  # noqa: ARG001
     """(channels come first, no shape is declared): torch's convention."""
     return True, None
