@@ -333,6 +333,11 @@ def test_a_port_that_gives_nan_or_infinity_is_another_function(value):
     assert "after the last BatchNorm layer, bn: their outputs differ by inf" in found.faults[0]
 
 
+def test_a_difference_to_outputs_whose_squares_overflow_is_seen():
+    original, port = (Tail(lambda y, value=value: y.double() * 0 + value).eval() for value in (2e154, 2.001e154))
+    assert not trace(original, port, images()).ok
+
+
 @pytest.mark.parametrize("kind", ["torch", "keras"])
 def test_where_nan_begins_in_the_original_is_said(kind):
     broken = Net()
