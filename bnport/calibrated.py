@@ -40,7 +40,9 @@ def convert_calibrated(
     skip: Iterable[str] = (),
     only_under: str | None = None,
     epsilon: float | None = None,
+    target_epsilon: float | None = None,
     source_options: Mapping[str, Any] | None = None,
+    target_options: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
@@ -67,7 +69,7 @@ def convert_calibrated(
         check_files(out, force, [*paths(source, target), *data_files(data, out)], (calibration or {}).get("resume"))
         adapters.check_suffix(out, os.fspath(target))
     sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_some(target)
+    targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
     if out is not None and not live:
         check_files(os.fspath(out), force, [*sources.files, *targets.files], (calibration or {}).get("resume"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
@@ -76,7 +78,10 @@ def convert_calibrated(
     arrays = {s: targets[t].arrays() for t, s in chosen.items()}
     stand_ins = {s: (held["mean"].copy(), held["variance"].copy()) for s, held in arrays.items()}
     # paired once: numbers are evidence too, and the stand-ins below have others than the source
-    pairing: dict[str, Any] = {"map": dict(match.pairs), "skip": skip, "only_under": only_under}
+    pairing: dict[str, Any] = {
+        "map": dict(match.pairs), "skip": skip, "only_under": only_under,
+        "target_epsilon": target_epsilon, "target_options": target_options,
+    }  # fmt: skip
     calibration = {
         "progress": progress, **(calibration or {}), "layers": list(chosen), "frozen": True, "keep_checkpoint": True
     }  # fmt: skip

@@ -202,6 +202,31 @@ def test_options_that_would_be_ignored_are_refused(words, message, folder, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target-epsilon", "0.5"], "holds the epsilon of 3 layers itself"),
+        (["--target-option", "nonsense=1"], "the keras format has no option nonsense"),
+    ],
+)
+def test_what_is_said_of_the_target_is_taken_or_refused_with_data_as_without(words, message, folder, tmp_path, capsys):
+    command = ["convert", str(folder / "net.pt"), str(folder / "twin.keras"), "-o", str(tmp_path / "o.keras"), *words]
+    for more in ([], ["--calibrate", str(folder / "images.npy")]):
+        assert main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+def test_calibrate_options_without_data_are_refused(tmp_path, capsys):
+    command = ["convert", str(DIGITS / "digits.pth"), str(DIGITS / "twin.keras"), "-o", str(tmp_path / "o.keras")]
+    for words in ("--limit 4", ""):
+        assert main([*command, "--calibrate-options", words]) == 2
+        assert "--calibrate DATA" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+    assert main([*command, "--calibrate", "images.npy", "--calibrate-options", "'"]) == 2
+    assert "No closing quotation" in capsys.readouterr().err
+
+
 def test_a_target_without_gamma_cannot_absorb_one_before_there_are_statistics(folder, tmp_path, images):
     from bnport.calibrated import convert_calibrated
 

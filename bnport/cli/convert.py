@@ -44,9 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="compute mean and variance from DATA for the layers whose source stores none (this runs the model)",
     )
-    parser.add_argument(
-        "--calibrate-options", default="", metavar="TEXT", help="of 'bnport calibrate', such as \"--limit 5000\""
-    )
+    parser.add_argument("--calibrate-options", metavar="TEXT", help="of 'bnport calibrate', such as \"--limit 5000\"")
     common.add_sha256(parser)
     common.add_html(parser)
     common.add_json(parser)
@@ -58,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert, print the report, and say whether the output is the same function."""
     from bnport.convert import convert, save_records
 
+    if args.calibrate_options is not None and args.calibrate is None:
+        raise InvalidValue("--calibrate-options: say with --calibrate DATA what to compute mean and variance from")
     common.check_html(args, args.source, args.target, args.out)
     nowhere = args.out is None and not args.dry_run and not args.in_place
     if nowhere and args.target.endswith(".safetensors") and not _is_model(args.target):
@@ -130,16 +130,16 @@ def _calibrated(args: argparse.Namespace) -> int:
         raise InvalidValue("--calibrate goes with none of --only, --dry-run and --in-place")
     parser = argparse.ArgumentParser(prog="bnport convert --calibrate-options", add_help=False)
     calibrate.configure(parser)
-    words = shlex.split(args.calibrate_options)
+    try:
+        words = shlex.split(args.calibrate_options or "")
+    except ValueError as error:
+        raise InvalidValue(f"--calibrate-options: {error}: {printable(args.calibrate_options)}") from None
     own = [args.target, "--data", args.calibrate, "-o", args.out or ""]
     chosen = parser.parse_args([*own, *words])
     plain = parser.parse_args(own)
     wrong = [n for n in ("model", "data", "out", "force", "json") if getattr(chosen, n) != getattr(plain, n)]
     if wrong:
         raise InvalidValue(f"--calibrate-options: {', '.join(wrong)}: options of convert, not of --calibrate-options")
-    pairing = common.pairing_options(args)
-    pairing.pop("target_epsilon")
-    pairing.pop("target_options")
     with common.Progress(args.json) as progress:
         report = convert_calibrated(
             args.source,
@@ -154,6 +154,6 @@ def _calibrated(args: argparse.Namespace) -> int:
             run=args.run,
             sha256=args.sha256,
             progress=progress,
-            **pairing,
+            **common.pairing_options(args),
         )
     return common.finish(report, args)
