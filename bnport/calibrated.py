@@ -49,10 +49,10 @@ def convert_calibrated(
 ) -> Report:
     """`convert`, with mean and variance computed from `data` for the layers whose source stores none.
 
-    If every layer of the source has statistics, all are computed anew: that is what was asked for. target: a whole Keras
-    model, as a file or live. data, calibration: as for bnport.calibrate (method=, batch_size=, images=, ...), but for
-    layers=, which the source decides, and frozen=: like `convert`, this writes into layers with trainable=False too. The
-    other arguments are those of `convert`. Note that the model is run for this, with Keras.
+    If every layer of the source has statistics, all are computed anew: that is what was asked for, and a note says so.
+    target: a whole Keras model, as a file or live. data, calibration: as for bnport.calibrate (method=, batch_size=,
+    images=, ...), but for layers=, which the source decides, and frozen=: like `convert`, this writes into layers with
+    trainable=False too. The other arguments are those of `convert`. Note that the model is run for this, with Keras.
 
     Raises what `convert` and `calibrate` raise; Unrepresentable if a target layer without gamma or beta would have to
     absorb one into statistics that are not known yet. Nothing is written then, and a live target is as it was.
@@ -73,7 +73,8 @@ def convert_calibrated(
     if out is not None and not live:
         check_files(os.fspath(out), force, [*sources.files, *targets.files], (calibration or {}).get("resume"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
-    chosen = {t: s for t, s in match.pairs.items() if sources[s].without} or dict(match.pairs)
+    without = {t: s for t, s in match.pairs.items() if sources[s].without}
+    chosen = without or dict(match.pairs)
     _check_held(sources, targets, chosen)
     arrays = {s: targets[t].arrays() for t, s in chosen.items()}
     stand_ins = {s: (held["mean"].copy(), held["variance"].copy()) for s, held in arrays.items()}
@@ -85,12 +86,17 @@ def convert_calibrated(
     calibration = {
         "progress": progress, **(calibration or {}), "layers": list(chosen), "frozen": True, "keep_checkpoint": True
     }  # fmt: skip
-    other = _other_weights(sources, targets, chosen)
+    said = _other_weights(sources, targets, chosen)
+    if not without:
+        said.append(
+            f"mean and variance of {len(chosen)} layers computed from data, though {sources.source} stores them: its own were"
+            " not taken"
+        )
     started = _with_statistics(sources, stand_ins, "")
 
     def finish(result: Calibration) -> Report:
         found = {chosen[layer.name]: (layer.mean, layer.variance) for layer in result.layers}
-        completed = _with_statistics(sources, found, _said(result, data), (*result.notes, *other))
+        completed = _with_statistics(sources, found, _said(result, data), (*result.notes, *said))
         report = convert(completed, target, out, **pairing, force=force, progress=progress, **options)
         if report.ok:
             delete(calibration.get("resume"))

@@ -109,6 +109,21 @@ def test_statistics_of_a_target_whose_weights_are_not_the_sources_are_said_to_be
         assert said in "".join(notes)
 
 
+def test_a_source_whose_own_statistics_are_not_taken_is_named_in_the_report(folder, tmp_path, images):
+    from bnport.calibrated import convert_calibrated
+
+    for source, said in ((DIGITS / "digits.pth", True), (folder / "net.pt", False)):
+        report = convert_calibrated(source, folder / "twin.keras", tmp_path / f"{said}.keras", images)
+        notes = [note for note in report.notes if "its own were not taken" in note]
+        assert (
+            notes
+            == [
+                f"mean and variance of 3 layers computed from data, though {source} stores them: its own were not taken"
+            ]
+            * said
+        )
+
+
 def test_an_onnx_export_in_training_mode_is_refused_and_with_data_computes_what_torch_does(
     folder, tmp_path, images, capsys
 ):

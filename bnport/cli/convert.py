@@ -42,7 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="DATA",
-        help="compute mean and variance from DATA for the layers whose source stores none (this runs the model)",
+        help="compute mean and variance from DATA for the layers whose source stores none; if it stores all, for all, in"
+        " place of its own (this runs the model)",
     )
     parser.add_argument("--calibrate-options", metavar="TEXT", help="of 'bnport calibrate', such as \"--limit 5000\"")
     common.add_sha256(parser)
