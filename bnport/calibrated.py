@@ -68,8 +68,8 @@ def convert_calibrated(
         out = os.fspath(out)
         check_files(out, force, [*paths(source, target), *data_files(data, out)], (calibration or {}).get("resume"))
         adapters.check_suffix(out, os.fspath(target))
-    sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
+    sources = adapters.read_some(source, epsilon=epsilon, **adapters.checked(source_options, "source_options"))
+    targets = adapters.read_target(target, epsilon=target_epsilon, **adapters.checked(target_options, "target_options"))
     if out is not None and not live:
         check_files(os.fspath(out), force, [*sources.files, *targets.files], (calibration or {}).get("resume"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)

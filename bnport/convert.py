@@ -58,7 +58,7 @@ def convert(
         written in place.
     in_place: change the file `target` itself instead: bnport.containers.in_place says how it stays old, new or unreadable.
     map: target layer -> source layer, patterns allowed; skip: patterns of layers to leave out, on either side;
-        only_under: pair only target layers below this name.
+        only_under: pair only layers below this name, on the side or sides that have such names.
     only: write just these of gamma, beta, mean, variance, epsilon; the target keeps its own for the rest.
     epsilon: of a source that does not hold it (a PyTorch state dict); target_epsilon: the same for the target.
     momentum: "keep" the target's, or "port" the source's.
@@ -83,8 +83,8 @@ def convert(
     destination = _destination(source, target, out, in_place=in_place, dry_run=dry_run, force=force)
 
     digests = hashing(source, wanted=sha256)
-    sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
+    sources = adapters.read_some(source, epsilon=epsilon, **adapters.checked(source_options, "source_options"))
+    targets = adapters.read_target(target, epsilon=target_epsilon, **adapters.checked(target_options, "target_options"))
     if targets.read_only:
         raise FormatError(targets.read_only)
     if destination is not None and not in_place:
@@ -153,6 +153,8 @@ def _destination(
     if path is None or dry_run:
         return None
     sources = [] if source_path is None else [source_path]
+    for given in (*sources, path):
+        adapters.read_head(given)  # says what is wrong with a path
     if in_place:
         check_changeable(path, sources)
         return path
@@ -213,8 +215,8 @@ def verify(
     difference is not an error but `report.ok == False`.
     """
     digests = hashing(source, target, wanted=sha256)
-    sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_target(target, epsilon=target_epsilon, **(target_options or {}))
+    sources = adapters.read_some(source, epsilon=epsilon, **adapters.checked(source_options, "source_options"))
+    targets = adapters.read_target(target, epsilon=target_epsilon, **adapters.checked(target_options, "target_options"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     layers = {
         name: layer._replace(notes=(*layer.notes, *dict.fromkeys((*sources[layer.source].notes, *targets[name].notes))))
@@ -269,7 +271,7 @@ def save_records(
     BatchNorm, FormatError, OutputError; `out` appears whole or not at all.
     """
     digests = hashing(source, wanted=sha256)
-    sources = adapters.read_some(source, epsilon=epsilon, **(options or {}))
+    sources = adapters.read_some(source, epsilon=epsilon, **adapters.checked(options, "options"))
     destination = os.fspath(out)
     records: Any = adapters.load("records")
     inputs = [*paths(source), *sources.files]
@@ -312,10 +314,17 @@ def pair(
 ) -> Match:
     """Which source layer belongs to which target layer, by bnport.match.match.
 
-    Raises MatchError unless every layer has its pair, Question where the epsilon of one of them has to be asked for.
+    Raises MatchError unless every layer has its pair, Question where the epsilon of one of them has to be asked for, and
+    InvalidValue for a map or only_under that holds other things than names.
     """
+    from collections.abc import Mapping
+
     from bnport.match import match
 
+    if only_under is not None and not isinstance(only_under, str):
+        raise InvalidValue(f"only_under: expected the beginning of names, got {printable(repr(only_under), 60)}")
+    if isinstance(map, Mapping) and not all(isinstance(name, str) for entry in map.items() for name in entry):
+        raise InvalidValue(f"map: expected target names to source names, got {printable(repr(map), 60)}")
     found = match(sources, targets, map=map, skip=skip, only_under=only_under)
     found.raise_if_bad()
     for layers, names in ((sources, found.pairs.values()), (targets, found.pairs)):

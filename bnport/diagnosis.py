@@ -39,8 +39,8 @@ def explain(
     Returns an Explanation: `same` says that nothing differs; `print(explanation)` names mistakes, evidence and repairs.
     Raises NotFound or MatchError where the two cannot be compared, FormatError for a file that is not understood.
     """
-    sources = adapters.read_some(source, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_target(ported, epsilon=target_epsilon, **(target_options or {}))
+    sources = adapters.read_some(source, epsilon=epsilon, **adapters.checked(source_options, "source_options"))
+    targets = adapters.read_target(ported, epsilon=target_epsilon, **adapters.checked(target_options, "target_options"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     live = not isinstance(ported, str | os.PathLike)
     return explain_layers(sources, targets, match.pairs, live=live, command_options=command_options, progress=progress)

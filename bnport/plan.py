@@ -91,8 +91,12 @@ def _with_momentum(change: Change, source: Layer, target: Layer) -> tuple[Change
 
 def chosen(only: Iterable[str] | None) -> frozenset[str]:
     """The fields to write: those of `only`, or all. Raises InvalidValue for an unknown one, or none."""
+    from collections.abc import Iterable
+
     if only is None:
         return frozenset(WRITABLE)
+    if not isinstance(only, Iterable):
+        raise InvalidValue(f"only: expected some of {', '.join(WRITABLE)}, got {printable(repr(only), 60)}")
     fields = frozenset([only] if isinstance(only, str) else only)
     unknown = sorted(fields - set(WRITABLE))
     if unknown or not fields:

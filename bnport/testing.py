@@ -53,8 +53,8 @@ def assert_equivalent(
     cannot be compared at all.
     """
     __tracebackhide__ = True
-    sources = adapters.read_some(a, epsilon=epsilon, **(source_options or {}))
-    targets = adapters.read_some(b, epsilon=target_epsilon, **(target_options or {}))
+    sources = adapters.read_some(a, epsilon=epsilon, **adapters.checked(source_options, "source_options"))
+    targets = adapters.read_some(b, epsilon=target_epsilon, **adapters.checked(target_options, "target_options"))
     match = pair(sources, targets, map=map, skip=skip, only_under=only_under)
     reports = compare(sources, targets, match.pairs)
     bad = [report for report in reports.values() if not report.ok]

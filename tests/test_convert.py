@@ -17,7 +17,8 @@ import torch.nn.utils.prune
 import bnport
 from bnport.cli import main
 from bnport.containers.files import Digest, sha256
-from bnport.errors import InvalidValue, MatchError, Unrepresentable
+from bnport.errors import InvalidValue, MatchError, NotFound, Unrepresentable
+from bnport.testing import assert_equivalent
 
 from .match.making import layer, layers
 from .test_cli import DIGITS, PTH, TWIN
@@ -259,3 +260,42 @@ def test_that_kernels_differ_where_names_are_equal_is_said(count):
         note + ("; so it is for 4 more layers" if count == 5 else "")
     ]
     assert bnport.verify(net((8, 3, 4, 4)), net((8, 3, 4, 4))).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("only_under", 5, "only_under: expected the beginning of names, got 5"),
+        ("only_under", b"x", "only_under: expected the beginning of names, got b'x'"),
+        ("map", {1: 2}, r"map: expected target names to source names, got \{1: 2\}"),
+        ("map", {"bn1": 2}, "map: expected target names to source names"),
+        ("source_options", "x", "source_options: expected a mapping of names to values, got 'x'"),
+        ("target_options", 5, "target_options: expected a mapping of names to values, got 5"),
+        ("source_options", {1: 2}, "source_options: expected a mapping of names to values"),
+        ("source_options", {"epsilon": 1e-3}, "source_options: epsilon is none of them; say epsilon="),
+        ("target_options", {"epsilon": 1e-3}, "target_options: epsilon is none of them; say target_epsilon="),
+        ("only", 5, "only: expected some of gamma, beta, mean, variance, epsilon, got 5"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_in_words(argument, value, message):
+    with pytest.raises(InvalidValue, match=message):
+        bnport.convert(PTH, TWIN, dry_run=True, **{argument: value})
+    if argument != "only":
+        for function in (bnport.verify, bnport.explain, assert_equivalent):
+            with pytest.raises(InvalidValue, match=message):
+                function(PTH, TWIN, **{argument: value})
+
+
+def test_a_name_that_no_file_can_have_is_not_found_though_the_output_exists(tmp_path):
+    from bnport.calibrated import convert_calibrated
+
+    out = tmp_path / "out.keras"
+    out.write_bytes(b"old")
+    for source, target in ((PTH, "\0"), ("\0", TWIN)):
+        with pytest.raises(NotFound, match="no such file"):
+            bnport.convert(source, target, out, force=True)
+        with pytest.raises(NotFound, match="no such file"):
+            convert_calibrated(source, target, out, np.zeros((64, 8, 8, 1), np.float32), force=True)
+    with pytest.raises(NotFound, match="no such file"):
+        bnport.convert(PTH, "\0", in_place=True)
+    assert out.read_bytes() == b"old"

@@ -250,6 +250,19 @@ def _read(source: Any, epsilon: float | None, format: str | None, options: Mappi
     return layers
 
 
+def checked(options: Any, name: str) -> Mapping[str, Any]:
+    """Options for `read`, the argument called `name`; InvalidValue unless they are a mapping of names to values, or None."""
+    from collections.abc import Mapping
+
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise InvalidValue(f"{name}: expected a mapping of names to values, got {printable(repr(options), 60)}")
+    if "epsilon" in options:
+        raise InvalidValue(f"{name}: epsilon is none of them; say {'target_' * name.startswith('target')}epsilon=")
+    return options
+
+
 def read_some(source: Any, **options: Any) -> Layers:
     """`read`, but NotFound where there is no BatchNorm at all, with what the adapter knows of why."""
     layers = read(source, **options)
