@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bnport.errors import FormatError, NotFound, printable
+from bnport.containers.files import ReadFile
+from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,18 +36,16 @@ class MapFile(NamedTuple):
 
 
 def read_map(path: str) -> MapFile:
-    """Read a map file. Raises FormatError that names the file and the entry; NotFound if there is no such file."""
+    """Read a map file. Raises FormatError that names the file and the entry; NotFound if there is no such file.
+
+    Only a regular file is read: a pipe could be waited for without end.
+    """
     tomllib = _tomllib()
     shown = printable(path)
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
-        raise NotFound(f"{shown}: no such file") from None
-    except OSError as error:
-        raise FormatError(f"{shown}: {error.strerror}") from None
-    if len(data) > MOST_BYTES:
+    file = ReadFile(path)
+    if file.size > MOST_BYTES:
         raise FormatError(f"{shown}: larger than {MOST_BYTES >> 20} MiB; a map is a page")
+    data = file.pread(0, file.size)
     try:
         content = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

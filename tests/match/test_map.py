@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -147,6 +148,13 @@ def test_a_map_that_is_not_utf8_or_not_there_is_refused(tmp_path):
         mapfile.read_map(str(path))
     with pytest.raises(NotFound, match="no such file"):
         mapfile.read_map(str(tmp_path / "none.toml"))
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (os.devnull, str(tmp_path), str(tmp_path / "pipe")):
+        with pytest.raises(FormatError, match="not a regular file"):
+            mapfile.read_map(path)
 
 
 def test_the_command_writes_a_file_that_convert_takes(tmp_path, capsys):
