@@ -110,7 +110,7 @@ def _write(found: ImageStatistics, out: str, inputs: list[str], force: bool) -> 
 
 
 def _print(found: ImageStatistics) -> None:
-    from bnport.errors import printable
+    from bnport.errors import listed, printable
     from bnport.report import table
 
     rows = [
@@ -123,6 +123,13 @@ def _print(found: ImageStatistics) -> None:
     common.say(f"  keras.layers.Normalization(mean={_listed(found.mean)}, variance={_listed(found.variance)})")
     common.say(f"torchvision{_after(found, 'ToTensor')}:")
     common.say(f"  transforms.Normalize(mean={_listed(found.mean)}, std={_listed(found.std)})")
+    constant = [name for name, std in zip(found.channels, found.std, strict=True) if not std]
+    if constant:
+        # torchvision.transforms.functional.normalize raises; keras.layers.Normalization takes at least backend.epsilon()
+        common.say(
+            f"note: channel {listed(constant)}: one value in all pixels, so std and variance are 0. torchvision refuses a std"
+            " of 0, and Keras divides by 1e-07; with 1 in its place the channel becomes 0"
+        )
     for note in found.notes:
         common.say(f"note: {printable(note, 600)}")
     common.say(

@@ -297,6 +297,17 @@ def test_the_command_prints_what_can_be_pasted(folder, capsys):
     assert out.rstrip().endswith("scaled by 1/255; exact")
 
 
+def test_a_constant_channel_is_noted_beside_what_can_be_pasted(tmp_path, capsys):
+    images = np.random.default_rng(1).integers(0, 256, (4, 5, 5, 3), np.uint8)
+    for constant in (False, True):
+        if constant:
+            images[..., 1] = 7
+        np.save(tmp_path / "images.npy", images)
+        assert main(["stats", str(tmp_path / "images.npy")]) == 0
+        out = capsys.readouterr().out
+        assert ("note: channel 1: one value in all pixels, so std and variance are 0" in out) is constant
+
+
 def test_what_the_command_prints_normalises_images_in_keras(folder, capsys):
     import keras
 
