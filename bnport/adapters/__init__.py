@@ -11,6 +11,7 @@ import gc
 import os
 
 from bnport._lazy import TYPE_CHECKING, Protocol
+from bnport.containers import looks_like
 from bnport.errors import BnportError, FormatError, InvalidValue, NotFound, OutputError, listed, printable
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ def _of_file(path: str) -> Adapter:
         if suffix not in adapter.SUFFIXES and adapter.recognise(head, path):
             return adapter
     known = sorted({s for a in others for s in a.SUFFIXES})
-    what = f"its first bytes are {head[:8]!r}" if head else "a folder" if os.path.isdir(path) else "an empty file"
+    what = looks_like(head) or f"its first bytes are {head[:8]!r}"
+    if not head:
+        what = "a folder" if os.path.isdir(path) else "an empty file"
     if os.path.exists(os.path.join(path, "saved_model.pb")):
         what = "a folder, a TensorFlow SavedModel: load it and save the model as .keras"
     raise FormatError(f"{printable(path)}: not a model file that bnport reads ({what}); it reads {', '.join(known)}")
@@ -235,6 +238,14 @@ def _read(source: Any, epsilon: float | None, format: str | None, options: Mappi
     gc.disable()  # a reader only makes objects; the collector would look at each of them many times
     try:
         layers = adapter.read(os.fspath(source) if isinstance(source, os.PathLike) else source, **given)
+    except FormatError as error:
+        if not format or not isinstance(source, str | os.PathLike):
+            raise
+        head = read_head(os.fspath(source))
+        what = looks_like(head)
+        if not what or adapter.recognise(head, os.fspath(source)):
+            raise
+        raise FormatError(f"{error}; by its first bytes it is {what}") from None
     finally:
         if collecting:
             gc.enable()

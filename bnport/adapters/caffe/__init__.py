@@ -33,7 +33,7 @@ from __future__ import annotations
 import os
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.containers import HDF5_SIGNATURE
+from bnport.containers import HDF5_SIGNATURE, TEXT, looks_like
 from bnport.errors import FormatError, InvalidValue, printable
 from bnport.layer import Layers
 
@@ -51,12 +51,14 @@ PACKAGES: tuple[str, ...] = ()
 
 
 def recognise(head: bytes, path: str) -> bool:
-    """By name, since neither wire format nor text has a signature; a file of another name by its first layer."""
+    """By name, since neither wire format nor text has a signature (so no file that has one); or else by its first layer."""
     name = os.path.basename(path).lower()
     if head.startswith(HDF5_SIGNATURE):  # Caffe writes <prefix>_iter_<n>.caffemodel.h5
         return ".caffemodel" in name or _root_names(head) in ({b"data"}, {b"data", b"diff"})
-    if name.endswith(SUFFIXES[:2]):
-        return bool(head)
+    if name.endswith(".caffemodel"):
+        return bool(head) and not looks_like(head)
+    if name.endswith(".prototxt") and looks_like(head) == TEXT:
+        return True
     return _starts_like_a_net(head)
 
 
@@ -160,9 +162,10 @@ def run_all(
 
 def opened(source: str, prototxt: str | None) -> Net:
     """The net of a caffemodel; a prototxt in its place is refused with what to do."""
+    from bnport.adapters import read_head
     from bnport.adapters.caffe.net import Net
 
-    if source.lower().endswith(".prototxt"):
+    if source.lower().endswith(".prototxt") and looks_like(read_head(source)) == TEXT:
         raise FormatError(
             f"{printable(source)}: describes a net and holds no numbers; give the .caffemodel, and this as its prototxt"
         )

@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     Setting: TypeAlias = "int | float | bool | str"
 
 MOST_LAYERS = 1 << 16
-_NO_MODELS = {
-    b"version https://git-lfs": "a Git LFS pointer in the model's place; fetch the model itself (git lfs pull)",
-    b"<!doctype": "a web page in the model's place; the download failed",
-    b"<html": "a web page in the model's place; the download failed",
-}
 
 # type -> (field numbers of its parameters in LayerParameter, their name in text, setting -> (number, kind)).
 # Forks use some numbers twice (137 is BVLC's embed_param and yjxiong's bn_param), so a layer's type decides what is read.
@@ -139,11 +134,7 @@ class Net:
         self.file = file
         if not file.size:
             raise FormatError(f"{printable(path)}: an empty file")
-        head = file.pread(0, min(file.size, 64))
-        for start, what in _NO_MODELS.items():
-            if head.lstrip().lower().startswith(start):
-                raise FormatError(f"{printable(path)}: {what}")
-        if not head.startswith(HDF5_SIGNATURE):
+        if file.pread(0, min(file.size, 8)) != HDF5_SIGNATURE:
             self.buffer = Buffer(file)
             self.held = list(self._binary(self.buffer))
             self.typed = True

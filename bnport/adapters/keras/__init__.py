@@ -27,7 +27,7 @@ Not read: multi-axis layers, mode 1 and 2 of Keras 1 (no fixed function), npz we
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
-from bnport.containers import HDF5_SIGNATURE
+from bnport.containers import HDF5_SIGNATURE, TORCH_ZIP, looks_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,7 +45,9 @@ def recognise(head: bytes, path: str) -> bool:
     """A zip with a Keras config, HDF5 (also behind a user block), or a list of weight shards."""
     name = path.lower()
     if head.startswith(b"PK\x03\x04"):
-        return name.endswith(".keras") or _first_member(head) in (b"metadata.json", b"config.json", b"model.weights.h5")
+        if name.endswith(".keras") and looks_like(head) != TORCH_ZIP:
+            return True
+        return _first_member(head) in (b"metadata.json", b"config.json", b"model.weights.h5")
     if name.endswith((".caffemodel.h5", ".mat")):
         return False
     if any(head.startswith(HDF5_SIGNATURE, at) for at in (0, 512, 1024, 2048)):

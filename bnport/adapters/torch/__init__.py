@@ -35,6 +35,7 @@ Live: any nn.Module or state dict; torch's own, SyncBatchNorm, timm's and Frozen
 from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
+from bnport.containers import looks_like
 from bnport.containers.files import ReadFile
 from bnport.errors import BnportError, FormatError, printable
 from bnport.layer import Layers
@@ -79,7 +80,7 @@ def recognise(head: bytes, path: str) -> bool:
             return open_safetensors(path)[1].get("format") != "bnport"
         except BnportError:
             return path.lower().endswith(".safetensors")
-    return path.lower().endswith(".safetensors") and len(head) > 0
+    return path.lower().endswith(".safetensors") and len(head) > 0 and not looks_like(head)
 
 
 def _first_member_is_torchs(head: bytes, path: str) -> bool:
@@ -122,7 +123,8 @@ def read(
 
         refuse_part(source)
     file = ReadFile(source)
-    if source.lower().endswith(".safetensors") or file.pread(8, min(1, max(0, file.size - 8))) == b"{":
+    head = file.pread(0, min(512, file.size))
+    if head[8:9] == b"{" or (source.lower().endswith(".safetensors") and not looks_like(head)):
         return _read_safetensors(source, inplace_abn, epsilon)
     opened = _opened(file)
     if isinstance(opened, Layers):
