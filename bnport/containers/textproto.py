@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 
 from bnport._lazy import TYPE_CHECKING
+from bnport.containers import TEXT, looks_like
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -132,8 +133,14 @@ def read(path: str) -> Message:
     if file.size > LARGEST_FILE:
         raise FormatError(f"{printable(path)}: {file.size} bytes of prototxt; the limit is {LARGEST_FILE}")
     # comments come in any encoding
-    text = file.pread(0, file.size).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    return parse(text, path)
+    data = file.pread(0, file.size)
+    try:
+        return parse(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), path)
+    except FormatError as error:
+        what = looks_like(data[:4096])
+        if what == TEXT:
+            raise
+        raise FormatError(f"{error}; by its first bytes it is {what or 'no text'}") from None
 
 
 def parse(text: str, source: str = "prototxt") -> Message:
@@ -186,7 +193,7 @@ class _Parser:
         self.at = space.end() if space else self.position
         match = _TOKEN.match(self.text, self.at)
         if match is None:
-            raise self.error(f"{printable(self.text[self.at : self.at + 20])!r} is not text format")
+            raise self.error(f"'{printable(self.text[self.at : self.at + 20])}' is not text format")
         self.kind, self.token, self.position = match.lastgroup or "", match[0], match.end()
 
     def line(self) -> int:

@@ -116,6 +116,22 @@ def test_files_with_a_byte_order_mark_and_comments_in_any_encoding_are_read(tmp_
 
 
 @pytest.mark.fuzz
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x08\x03\x12\x04", r"line 1: '\x08\x03\x12\x04' is not text format; by its first bytes it is no text"),
+        (b"<html></html>", "; by its first bytes it is a web page: the download failed"),
+        (b"PK\x03\x04" + bytes(40), "; by its first bytes it is a zip archive"),
+    ],
+)
+def test_a_file_that_is_no_text_format_is_called_what_it_is(data, message, tmp_path):
+    path = tmp_path / "net.prototxt"
+    path.write_bytes(data)
+    with pytest.raises(FormatError) as caught:
+        textproto.read(str(path))
+    assert message in str(caught.value)
+
+
 def test_mutated_text_is_read_or_refused_and_nothing_else():
     random_ = random.Random(5)
     pieces = [
