@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
         inputs = data_files(args.path, args.out)
         check_output(args.out, force=args.force, inputs=inputs)
+    _check_kind(args.path)
     with common.Progress(args.json) as progress:
         found = image_statistics(
             args.path,
@@ -83,6 +84,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0
+
+
+def _check_kind(path: str) -> None:
+    """Refuse a file that is neither image nor array by its first bytes: only of images Pillow need be asked."""
+    import os
+
+    from bnport.adapters import read_head
+    from bnport.containers import ARRAY, ARRAYS, TEXT, looks_like
+    from bnport.errors import FormatError, printable
+
+    what = looks_like(read_head(path)) if os.path.isfile(path) else ""
+    if what not in ("", ARRAY, ARRAYS, TEXT):  # there are images that are texts
+        raise FormatError(f"{printable(path)}: expected images or an array of them, it is {what}")
 
 
 def _fraction(text: str | None) -> Fraction | None:

@@ -17,6 +17,7 @@ in_place.py     bytes of a file replaced where they lie, with an undo file
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"  # here, so that a look at a file's first bytes imports nothing for it
 TEXT, TORCH_ZIP = "a text file", "a zip archive of PyTorch"
+ARRAY, ARRAYS = "an .npy array", "an .npz archive"
 _TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer: 'git lfs pull' fetches the file itself",
     b"<!doctype": "a web page: the download failed",
@@ -26,7 +27,7 @@ _SIGNATURES = {
     HDF5_SIGNATURE: "an HDF5 file",
     b"PK\x05\x06": "an empty zip archive",
     b"\x1f\x8b": "a gzip file: unpack it first",
-    b"\x93NUMPY": "an .npy array",
+    b"\x93NUMPY": ARRAY,
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9": "a legacy file of PyTorch",
     **{bytes((0x80, protocol)): "a pickle" for protocol in (2, 3, 4, 5)},
 }
@@ -47,7 +48,7 @@ def looks_like(head: bytes) -> str:
             return TORCH_ZIP
         if name in (b"metadata.json", b"config.json", b"model.weights.h5"):
             return "a .keras file"
-        return "an .npz archive" if name.endswith(b".npy") else "a zip archive"
+        return ARRAYS if name.endswith(b".npy") else "a zip archive"
     if head[4:9] == b"\0\0\0\0{":  # the length of its header, and this
         return "a .safetensors file"
     return next((what for signature, what in _SIGNATURES.items() if head.startswith(signature)), "")

@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from fractions import Fraction
 
@@ -295,6 +296,19 @@ def test_the_command_prints_what_can_be_pasted(folder, capsys):
     assert f"transforms.Normalize(mean={mean!r}, std={np.sqrt(variance).tolist()!r})" in out
     assert "after keras.layers.Rescaling(1/255)" in out
     assert out.rstrip().endswith("scaled by 1/255; exact")
+
+
+@pytest.mark.parametrize("pillow", [True, False])
+def test_a_file_that_is_no_image_is_called_what_it_is_with_and_without_pillow(pillow, tmp_path, capsys, monkeypatch):
+    if not pillow:
+        monkeypatch.setitem(sys.modules, "PIL", None)
+    path = tmp_path / "model.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", "{}")
+    assert main(["stats", str(path)]) == 2
+    assert "model.keras: expected images or an array of them, it is a .keras file" in capsys.readouterr().err
+    np.save(tmp_path / "images.npy", np.zeros((1, 2, 2, 3), np.uint8))
+    assert main(["stats", str(tmp_path / "images.npy")]) == 0
 
 
 def test_a_constant_channel_is_noted_beside_what_can_be_pasted(tmp_path, capsys):
