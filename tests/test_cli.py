@@ -125,6 +125,12 @@ def test_show_warns_of_untrained_dead_nan_and_tiny(tmp_path, capsys):
         (["convert", PTH, TWIN, "-o", "/tmp"], "not a regular file"),
         (["convert", PTH, TWIN, "-o", "x.keras", "--only", "std"], "expected some of gamma, beta"),
         (["verify", PTH, TWIN, "--map", "nowhere.toml"], "nowhere.toml"),
+        (["verify", PTH, TWIN, "--map", ""], "no such file"),
+        (
+            ["convert", PTH, TWIN, "-o", "x.keras", "--in-place"],
+            "--in-place changes TARGET itself; leave out either it or -o",
+        ),
+        (["restore", ""], "name is empty"),
     ],
 )
 def test_a_wrong_call_is_one_line_that_says_why_and_exit_code_2(arguments, words, capsys):

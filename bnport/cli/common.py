@@ -74,7 +74,7 @@ def pairing_options(args: argparse.Namespace) -> dict[str, Any]:
         "target_epsilon": args.target_epsilon,
         "target_options": dict(_named(text) for text in args.target_option),
     }
-    if args.map:
+    if args.map is not None:
         from bnport.mapfile import read_map
 
         options["map"], skip = read_map(args.map)

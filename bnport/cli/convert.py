@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         return common.finish(report, args)
     if nowhere:
         raise InvalidValue("name the file to make: -o OUT (TARGET itself is changed only with --in-place)")
+    if args.in_place and args.out is not None:
+        raise InvalidValue("--in-place changes TARGET itself; leave out either it or -o OUT")
     if args.calibrate is not None:
         return _calibrated(args)
     with common.Progress(args.json) as progress:

@@ -27,7 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Put it back and say so; NotFound (exit code 2) where there is nothing to put back."""
     from bnport.containers.in_place import restore
+    from bnport.errors import NotFound
 
+    if not args.file:
+        raise NotFound("a file's name is empty")
     said = restore(args.file)
     if args.json:
         common.print_json({"file": args.file, "done": said})
