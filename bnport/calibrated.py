@@ -7,6 +7,7 @@ its own mean and variance are computed on the data with those in place, and the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from bnport.calibrate.checkpoint import delete
 from bnport.calibrate.file import check_files, data_files
 from bnport.containers.files import TEMPORARY
 from bnport.convert import convert, frozen, pair
-from bnport.errors import InvalidValue, Unrepresentable, listed, printable
+from bnport.errors import BnportError, InvalidValue, NotFound, Unrepresentable, listed, printable
 from bnport.match.contents import digest
 from bnport.outcome import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from bnport.calibrate.result import Calibration
     from bnport.layer import Layer, Layers
@@ -66,8 +67,10 @@ def convert_calibrated(
         if out is None:
             raise InvalidValue("out: name the file to make; the target file itself is never changed")
         out = os.fspath(out)
-        check_files(out, force, [*paths(source, target), *data_files(data, out)], (calibration or {}).get("resume"))
         adapters.check_suffix(out, os.fspath(target))
+        if isinstance(data, str | os.PathLike) and not os.path.exists(data):
+            raise NotFound(f"{printable(data)}: no such file or folder")
+        check_files(out, force, [*paths(source, target), *data_files(data, out)], (calibration or {}).get("resume"))
     sources = adapters.read_some(source, epsilon=epsilon, **adapters.checked(source_options, "source_options"))
     targets = adapters.read_target(target, epsilon=target_epsilon, **adapters.checked(target_options, "target_options"))
     if out is not None and not live:
@@ -120,8 +123,23 @@ def convert_calibrated(
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
             staged, done = (os.path.join(temporary, f"{n}-{os.path.basename(os.fspath(target))}") for n in "12")
             convert(started, target, staged, **pairing, sha256=False)
-            result = calibrate_file(staged, data, done, **calibration)
+            with _named({staged: os.fspath(target), done: os.fspath(out or "")}):
+                result = calibrate_file(staged, data, done, **calibration)
     return finish(result)
+
+
+@contextlib.contextmanager
+def _named(files: Mapping[str, str]) -> Iterator[None]:
+    """An error that names a temporary file, which is gone then, names the file that it stood for."""
+    try:
+        yield
+    except BnportError as error:
+        said = str(error)
+        for temporary, meant in files.items():
+            said = said.replace(printable(temporary), printable(meant))
+        if said == str(error):
+            raise
+        raise type(error)(said) from error
 
 
 def _check_held(sources: Layers, targets: Layers, pairs: Mapping[str, str]) -> None:

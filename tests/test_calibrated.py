@@ -6,6 +6,8 @@ the population's, so the Keras port calibrated on the same images must compute t
 
 from __future__ import annotations
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import bnport
 from bnport.cli import main
-from bnport.errors import InvalidValue, OutputError, Unrepresentable
+from bnport.errors import FormatError, InvalidValue, MissingDependency, NotFound, OutputError, Unrepresentable
 
 from .test_digits import DIGITS, NAMES
 
@@ -72,6 +74,33 @@ def test_an_output_of_another_format_is_refused_before_the_data_are_looked_at(fo
     with pytest.raises(OutputError, match=r"let its name end in \.keras"):
         convert_calibrated(folder / "net.pt", folder / "twin.keras", tmp_path / "out.pth", "no such data")
     assert not list(tmp_path.iterdir())
+
+
+def test_data_that_are_not_there_are_said_before_anything_is_made(folder, tmp_path, monkeypatch):
+    from bnport.calibrated import convert_calibrated
+
+    monkeypatch.setitem(sys.modules, "keras", None)  # nor is it asked for
+    (tmp_path / "out.keras").write_bytes(b"old")
+    for data in (str(tmp_path / "none.npy"), "\0"):
+        with pytest.raises(NotFound, match=r"(none.npy|x00): no such file or folder"):
+            convert_calibrated(folder / "net.pt", folder / "twin.keras", tmp_path / "out.keras", data, force=True)
+    assert (tmp_path / "out.keras").read_bytes() == b"old"
+
+
+def test_an_error_names_the_files_of_the_call_and_no_temporary_ones(folder, tmp_path, images, monkeypatch):
+    from bnport.calibrated import convert_calibrated
+
+    inputs = x = keras.Input((8, 8, 1))
+    for number, width in enumerate((16, 32, 32), start=1):
+        x = keras.layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"conv{number}")(x)
+        x = keras.layers.BatchNormalization(name=f"bn{number}")(x)
+    keras.Model(inputs, keras.layers.Lambda(abs)(x)).save(tmp_path / "code.keras")
+    with pytest.raises(FormatError, match=f"^{tmp_path}/code.keras: holds a Lambda layer"):
+        convert_calibrated(folder / "net.pt", tmp_path / "code.keras", tmp_path / "out.keras", images)
+    monkeypatch.setitem(sys.modules, "keras", None)
+    with pytest.raises(MissingDependency, match=f"^{folder}/twin.keras: was written by Keras"):
+        convert_calibrated(folder / "net.pt", folder / "twin.keras", tmp_path / "out.keras", images)
+    assert [path.name for path in tmp_path.iterdir()] == ["code.keras"]
 
 
 def test_with_data_the_port_computes_what_torch_computes_on_the_whole_data_set(folder, tmp_path, images, capsys):
