@@ -86,16 +86,18 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _printing_to_stderr() -> Iterator[None]:
     """Standard output is the report's: what the user's code prints meanwhile, or a program it starts, goes to stderr."""
-    sys.stdout.flush()
+    common.flush_output()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        sys.stdout.flush()  # what found its way into it all the same
-        os.dup2(kept, 1)
-        os.close(kept)
+        try:
+            common.flush_output()  # what found its way into it all the same
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _array(path: str) -> Any:
