@@ -214,8 +214,10 @@ def read(source: Any, *, epsilon: float | None = None, format: str | None = None
     try:
         return _read(source, epsilon, format, options)
     except FormatError as error:
+        from bnport.containers.in_place import UNDO
+
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
-        if not os.path.lexists(path + ".bnport-undo") or "bnport restore" in str(error):
+        if not os.path.lexists(path + UNDO) or "bnport restore" in str(error):
             raise
         raise FormatError(
             f"{error}; it was being changed in place when bnport was stopped: 'bnport restore {printable(path)}' puts its old"

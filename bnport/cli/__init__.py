@@ -12,7 +12,6 @@ import argparse
 import gc
 import importlib
 import os
-import signal
 import sys
 
 from bnport._lazy import TYPE_CHECKING
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _USAGE_ERROR = 2
+_WRITES_NOTHING = ("formats", "show")  # and start in a moment: what the others need is not imported for them
 
 
 def commands() -> list[str]:
@@ -89,8 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = argparse.Namespace(written=[])
     try:
         try:
-            with _Terminable():
-                return _run(sys.argv[1:] if arguments is None else arguments, args)
+            return _run(sys.argv[1:] if arguments is None else arguments, args)
         except BnportError as error:
             _complain(printable(error, 4000))
             if getattr(args, "json", False):
@@ -125,6 +124,8 @@ class _Terminable:
     """
 
     def __enter__(self) -> None:
+        import signal
+
         self._taken: list[signal.Signals] = []
         for number in (signal.SIGTERM, signal.SIGHUP):
             try:
@@ -135,11 +136,15 @@ class _Terminable:
                 return
 
     def __exit__(self, *_: object) -> None:
+        import signal
+
         for number in self._taken:
             signal.signal(number, signal.SIG_DFL)
 
     @staticmethod
     def _interrupt(number: int, _: object) -> None:
+        import signal
+
         signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt
 
@@ -158,7 +163,11 @@ def _run(arguments: list[str], args: argparse.Namespace) -> int:
     if args.command is None:
         parser.print_help()
         return _USAGE_ERROR
-    code: int = args.execute(args)
+    if args.command in _WRITES_NOTHING:
+        code: int = args.execute(args)
+    else:
+        with _Terminable():
+            code = args.execute(args)
     return code
 
 
