@@ -121,7 +121,9 @@ class _Header:
         import ast
 
         head = read(0, min(size, 12))
-        if head[:6] != b"\x93NUMPY" or len(head) < 10 or head[6] not in (1, 2, 3):
+        if head[:6] == b"\x93NUMPY" and len(head) < 10:
+            raise FormatError(f"{name}: an .npy array that is cut off: it has {size} bytes")
+        if head[:6] != b"\x93NUMPY" or head[6] not in (1, 2, 3):
             raise FormatError(f"{name}: not an .npy array (its first bytes are {head[:8]!r})")
         wide = head[6] > 1
         length = int.from_bytes(head[8:12] if wide else head[8:10], "little")

@@ -65,7 +65,8 @@ def _import(package: str, path: str, version: str) -> Any:
     except ImportError as error:
         raise MissingDependency(
             f"{printable(path)}: was written by Keras {printable(version or 'of unknown version')}; running it needs the"
-            f" package {package} ({printable(error, 80)})"
+            f" package {package} ({printable(error, 80)}): pip install"
+            f" {'tf_keras' if package == 'tf_keras' else repr('bnport[tensorflow]')}"
         ) from None
 
 

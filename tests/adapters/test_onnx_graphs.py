@@ -42,6 +42,17 @@ def test_a_layer_in_a_branch_is_read_written_and_named_after_it(tmp_path):
     assert_same_bits(adapter.read(out)["choose/else_branch/bn"].record, other.replace(gamma=record.gamma))
 
 
+def test_a_node_that_takes_one_value_twice_does_not_double_the_work():
+    record, count = telling_record(), 60
+    one = onnx_files.raw(np.array([1], np.int64), "e0")
+    nodes = [helper.make_node("Expand", [f"e{k}", f"e{k}"], [f"e{k + 1}"]) for k in range(count)]
+    nodes.append(helper.make_node("Expand", ["gamma", f"e{count}"], ["expanded"]))
+    made = graph_model([*nodes, norm(("expanded", *FIELDS[1:]), epsilon=record.epsilon)], [one, *tensors(record)])
+    assert_same_bits(adapter.read(made)["bn"].record, record)  # once 2 ** 60 steps
+    x = record.probes().astype(np.float32)
+    assert_within_bound(onnx_files.run(made, x), record, x)
+
+
 def test_a_name_that_nested_graphs_define_is_no_parameter_and_no_tensor_to_change(tmp_path):
     """onnx's reference takes the outer one here, and what onnxruntime takes depends on the rest of the model."""
     record, other, new = telling_record(), telling_record(seed=1), telling_record(seed=8)

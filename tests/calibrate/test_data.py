@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import sys
 import tracemalloc
 import zipfile
 
@@ -12,7 +13,7 @@ import pytest
 
 from bnport.calibrate import arrays
 from bnport.calibrate.data import Batches, read
-from bnport.errors import BnportError, FormatError, InvalidValue, NotFound, Question
+from bnport.errors import BnportError, FormatError, InvalidValue, MissingDependency, NotFound, Question
 
 X = np.random.default_rng(0).normal(size=(70, 4, 5, 3)).astype(np.float32)
 INPUTS = {"image": (None, 4, 5, 3)}
@@ -449,3 +450,21 @@ def test_paths_that_are_no_data_are_refused(tmp_path):
     npy(tmp_path / "b.npy", X[:, :2])
     with pytest.raises(InvalidValue, match="in one file"):
         read(tmp_path)
+
+
+def test_an_array_that_is_cut_off_in_its_first_bytes_is_not_called_something_else(tmp_path):
+    path = npy(tmp_path / "x.npy", X)
+    with open(path, "r+b") as file:
+        file.truncate(8)
+    with pytest.raises(FormatError, match=r"x\.npy: an \.npy array that is cut off: it has 8 bytes"):
+        arrays.npy(path)
+
+
+@pytest.mark.parametrize(("version", "package"), [("3.8.0", "'bnport.tensorflow.'"), ("2.4.0", "tf_keras")])
+def test_a_missing_keras_is_named_with_what_installs_it(version, package, monkeypatch):
+    from bnport.calibrate.loading import load
+
+    monkeypatch.setitem(sys.modules, "keras", None)
+    monkeypatch.setitem(sys.modules, "tf_keras", None)
+    with pytest.raises(MissingDependency, match=f"pip install {package}"):
+        load("model.keras", version)

@@ -66,6 +66,7 @@ class Scope:
     __slots__ = (
         "attributes",
         "bindings",
+        "found",
         "function",
         "graph",
         "label",
@@ -92,6 +93,7 @@ class Scope:
         self.bindings = bindings or {}  # of a function: formal input -> (calling scope, name there)
         self.attributes = attributes or {}  # of a function: name -> as called, or its default
         self.producers = _producers(graph)
+        self.found: dict[str, Known | Unknown] = {}  # of outputs of nodes; a node may take one of them twice
         self.reach: dict[str, frozenset[int]] = {}  # BatchNorm layers by number that reach a value with none between
 
     def origin(self, name: str) -> tuple[Scope, str]:
@@ -134,7 +136,9 @@ class Scope:
         if name in scope.producers:
             if stored is not None:
                 raise _bad(scope, f"{printable(name)!r} is an initializer and the output of a node")
-            return _of_node(scope, scope.producers[name], steps - 1)
+            if name not in scope.found:
+                scope.found[name] = _of_node(scope, scope.producers[name], steps - 1)
+            return scope.found[name]
         if name in scope.graph.inputs:
             where = "graph input" if scope.parent is None else "input of a subgraph"
             return Unknown(f"is fed at run time ({where} {printable(name)!r})")
