@@ -154,6 +154,12 @@ class Comparison:
         self.steps = [s._replace(tolerance=self._limit(self.noise.get((s.a, s.call), 0.0))) for s in self.steps]
         self.seen.clear()
         notes = []
+        if self.tolerance is None and tolerance >= 1:
+            notes.append(
+                f"the original's output changes by {moved:.2g} of its size when its input is rounded once more, so that any"
+                " output at all would agree: only the BatchNorm layers were compared. Compare what is less sensitive (the"
+                " numbers before an argmax), or give a tolerance"
+            )
         called = {step.b for step in self.steps}
         uncalled = [name for name in self.pairs if name not in called]
         if uncalled:
