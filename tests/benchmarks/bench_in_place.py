@@ -91,7 +91,7 @@ def compare(title: str, paths: dict[str, str], rounds: int) -> None:
                 os.unlink(paths["out"])  # everybody makes a new file: freeing an old one of 1 GB takes 0.2 s
             if way in targets:
                 shutil.copyfile(targets[way], paths["place"])
-                os.sync()  # what is still to be written of the copy is not the change's
+            os.sync()  # what is still to be written of the copy, or of the one before, is not this one's
             result = measured(code)
             if turn:
                 runs[way].append(result)
