@@ -161,11 +161,10 @@ def said(sources: Layers, targets: Layers, match: Match) -> list[str]:
 
 def _against_names(match: Match) -> list[str]:
     found = [
-        f"{printable(t)}: {words[0]}, but {differ}"
-        for t, words in match.evidence.items()
-        if words[:1] and words[0].startswith("equal names")
-        for differ in words
-        if differ.startswith("kernels differ")
+        f"{printable(t)}: {match.evidence[t][0]}, but {words}"
+        for t in match.by_name
+        for words in match.evidence[t]
+        if words.startswith("kernels differ")
     ]
     return found if len(found) < 4 else [f"{found[0]}; so it is for {len(found) - 1} more layers"]
 

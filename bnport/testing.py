@@ -93,8 +93,8 @@ def assert_same_outputs(
     )  # fmt: skip
     if not result.ok:
         raise AssertionError(str(result))
-    if tolerance is None and result.tolerance >= 1:
-        raise InvalidValue(f"nothing is known of the outputs: {result.notes[0]}")
+    if result.not_compared:
+        raise InvalidValue(f"nothing is known of the outputs: {result.not_compared}")
 
 
 def _differing(sources: Layers, targets: Layers, bad: list[LayerReport], count: int, explanation: Explanation) -> str:

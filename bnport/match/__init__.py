@@ -76,12 +76,16 @@ def match(
     given = {t: f for t, f in forced.items() if t not in equal}
     against = questions.contradicted(state, named, given, set(mapped))
     ambiguous, missing, unexpected = questions.undecided(state, rivals)
+    evidence = {i: (*state.why[i], *facts(state, i)) for i in sorted(state.back)}
     if against:
         ambiguous.append(questions.names_or_rest(state, against))
-    decided = {i: t for i, t in enumerate(target.names) if i in state.back and i not in against}
+    for contradicted in against:
+        state.withdraw(contradicted)
+        del forced[target.names[contradicted]]
+    decided = {i: t for i, t in enumerate(target.names) if i in state.back}
     found = Match(
         pairs={t: source.names[state.back[i]] for i, t in decided.items()},
-        evidence={t: (*state.why[i], *facts(state, i)) for i, t in decided.items()},
+        evidence={t: evidence[i] for i, t in decided.items()},
         missing=missing,
         unexpected=unexpected,
         mismatched=mismatched,

@@ -98,6 +98,12 @@ class Alignment:
         if soft:
             self.soft.add(t)
 
+    def withdraw(self, t: int) -> None:
+        """Undo the pair of t."""
+        self.soft.discard(t)
+        del self.pairs[self.back.pop(t)]
+        self.why.pop(t)
+
     def solid(self) -> list[tuple[int, int]]:
         """The pairs (source, target) that did not need a tie-break, in the order of the sources."""
         return [(s, t) for s, t in sorted(self.pairs.items()) if t not in self.soft]
@@ -281,9 +287,7 @@ class Alignment:
                     self.conflicts[t] = "names or order say one thing, the graph another"
         for t in self.conflicts:
             if t in self.soft:
-                self.soft.discard(t)
-                del self.pairs[self.back.pop(t)]
-                self.why.pop(t)
+                self.withdraw(t)
 
 
 def cut(

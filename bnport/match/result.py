@@ -88,6 +88,11 @@ class Match:
         """Complete, and nothing mismatched or ambiguous: what `raise_if_bad` lets pass."""
         return self.complete and not self.mismatched and not self.ambiguous
 
+    @property
+    def by_name(self) -> list[str]:
+        """The targets whose names alone decided their pairs."""
+        return [t for t, words in self.evidence.items() if words and words[0].startswith("equal names")]
+
     def raise_if_bad(self) -> None:
         """Raise MatchError unless every layer has its one pair, and there is one. The message lists what to do."""
         if not self.ok:
@@ -132,8 +137,7 @@ class Match:
         advice = []
         if self.mismatched or self.ambiguous or (self.missing and self.unexpected):
             advice.append("say which belongs to which with --map (`bnport map` writes a draft)")
-        by_name = any(words[:1] and words[0].startswith("equal names") for words in self.evidence.values())
-        if self.unexpected and by_name and not self.missing and not self.mismatched:
+        if self.unexpected and self.by_name and not self.missing and not self.mismatched:
             advice.append(
                 "leave what the target lacks out with --skip NAME: names alone paired the others, so it need not be"
                 f" {listed(self.unexpected, 1)}"

@@ -154,8 +154,9 @@ class Comparison:
         self.steps = [s._replace(tolerance=self._limit(self.noise.get((s.a, s.call), 0.0))) for s in self.steps]
         self.seen.clear()
         notes = []
+        not_compared = ""
         if self.tolerance is None and tolerance >= 1:
-            notes.append(
+            not_compared = (
                 f"the original's output changes by {moved:.2g} of its size when its input is rounded once more, so that any"
                 " output at all would agree: only the BatchNorm layers were compared. Compare what is less sensitive (the"
                 " numbers before an argmax), or give a tolerance"
@@ -186,7 +187,7 @@ class Comparison:
             self.progress(2 * len(self.pairs), 2 * len(self.pairs), "")
         return Trace(
             self.layers_a.source, self.layers_b.source, tuple(self.steps), difference, tolerance, tuple(self.faults),
-            tuple(notes), explanation,
+            tuple(notes), explanation, not_compared,
         )  # fmt: skip
 
     def _of_layers(self, wrong: list[Step]) -> Iterable[tuple[int, str]]:

@@ -59,6 +59,7 @@ class Trace(NamedTuple):
     faults: tuple[str, ...]  # what is wrong, the first place first
     notes: tuple[str, ...]
     explanation: Explanation | None
+    not_compared: str = ""  # why nothing is known of the outputs; "" where they were compared
 
     @property
     def ok(self) -> bool:
@@ -81,9 +82,12 @@ class Trace(NamedTuple):
             steps.append({**entry, "shapes": [list(shape) for shape in step.shapes]})
         return {
             "a": self.a, "b": self.b, "ok": self.ok, "tolerance": self.tolerance, "faults": list(self.faults),
-            "output_difference": finite(self.output_difference), "notes": list(self.notes), "steps": steps,
+            "output_difference": finite(self.output_difference), "notes": self._notes(), "steps": steps,
             "explanation": self.explanation.to_dict() if self.explanation else None,
         }  # fmt: skip
+
+    def _notes(self) -> list[str]:
+        return [*([self.not_compared] if self.not_compared else []), *self.notes]
 
     def __str__(self) -> str:
         return _as_text(self)
@@ -97,7 +101,8 @@ def _as_text(t: Trace) -> str:
     ]
     if t.ok:
         worst = max((step.own.ratio for step in t.steps), default=0.0)
-        lines.append(f"The networks agree: every layer is within its bound (at most {worst:.2g} of it).")
+        said = "Of the outputs nothing is known" if t.not_compared else "The networks agree"
+        lines.append(f"{said}: every layer is within its bound (at most {worst:.2g} of it).")
     else:
         lines += [
             ("The networks part here: " if number == 0 else "  then: ") + fault
@@ -115,4 +120,4 @@ def _as_text(t: Trace) -> str:
             ]
         if t.explanation.unexplained:
             lines.append(f"no known mistake explains {listed(t.explanation.unexplained, 4)}")
-    return "\n".join([*lines, *(f"note: {note}" for note in t.notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in t._notes())])

@@ -563,3 +563,13 @@ def test_equal_names_whose_kernels_differ_from_all_others_too_stay():
     )
     found.raise_if_bad()
     assert found.pairs == {"stem": "stem", "bn": "bn"}
+
+
+def test_contradicted_names_are_no_certain_pairs_of_a_refused_pairing():
+    """Counted from 0 on one side and from 1 on the other, perhaps, too: the message names no pair that there is not."""
+    one, two, three = (8, 3, 3, 3), (8, 8, 3, 3), (8, 5, 3, 3)
+    source = layers(layer("bn0", 8, three), layer("bn1", 8, two), layer("bn2", 8, one))
+    found = match(source, layers(layer("bn1", 8, one), layer("bn2", 8, two)))
+    assert (found.pairs, found.guessed, found.unexpected) == ({}, (), ("bn0",))
+    with pytest.raises(MatchError, match="ambiguous: bn1, bn2"):
+        found.raise_if_bad()

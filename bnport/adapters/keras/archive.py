@@ -116,10 +116,9 @@ def _add_evidence(root: config.Node, entries: list[Entry], weights: Weights, *, 
 
 def _kernel(node: config.Node, weights: Weights) -> Array:
     from bnport.adapters.keras.graph import where_kernel_is
-    from bnport.adapters.keras.weights import arrays
 
     group = weights.store.variables(node.storage)
-    tensors = arrays(group) if group is not None else []
+    tensors = group.tensors() if group is not None else []
     _, number = where_kernel_is(node)
     if number >= len(tensors):
         raise FormatError(f"{printable(node.path)}: no kernel in the weights")
@@ -130,7 +129,7 @@ def _fetcher(
     storage: str, weights: Weights, settings: config.Settings, where: str, shown: str
 ) -> Callable[[], dict[str, H5Tensor]]:
     def fetch() -> dict[str, H5Tensor]:
-        from bnport.adapters.keras.weights import arrays, named, order
+        from bnport.adapters.keras.weights import named, order
 
         group = weights.store.variables(storage)
         if group is None:
@@ -139,7 +138,7 @@ def _fetcher(
             )
         fields = order(scale=settings.scale, center=settings.center, renorm=settings.renorm)
         try:
-            held = arrays(group)
+            held = group.tensors()
         except FormatError as error:
             raise FormatError(f"{where}: {str(error).removeprefix(f'{shown}: ')}") from None
         tensors = named(held, fields, where)

@@ -9,7 +9,7 @@ from bnport.adapters.keras import config
 from bnport.adapters.keras.entry import Contents, Entry
 from bnport.adapters.keras.weights import Store, scan, shards
 from bnport.containers.files import ReadFile
-from bnport.containers.hdf5 import H5
+from bnport.containers.hdf5 import H5, natural
 from bnport.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ class _Spread:
         return [name for part in self._parts for name in part.names()]
 
     def tensors(self) -> list[H5Tensor]:
-        """The datasets in all parts."""
-        return [tensor for part in self._parts for tensor in part.tensors()]
+        """The datasets in all parts, in natural order of their names, as those of one group are."""
+        return sorted((tensor for part in self._parts for tensor in part.tensors()), key=lambda t: natural(t.name))
 
     def attribute(self, name: str) -> str | list[str] | None:
         """The attribute of the first part that has it."""

@@ -334,11 +334,12 @@ def _live_kernel(node: Node, live: Any) -> Kernel | None:
     names: tuple[str, ...] = ("depthwise_kernel", "pointwise_kernel", "kernel")  # tf_keras', both's, Keras 3's
     if node.class_name.startswith("Separable"):
         names = ("pointwise_kernel",)
-    name = next((name for name in names if getattr(live, name, None) is not None), None)
-    if name is None:
+    held = ((name, value) for name in names if (value := getattr(live, name, None)) is not None)
+    name, variable = next(held, ("", None))
+    if variable is None:
         return None
     # asked for again when it is read: with LoRA or 4-bit integers it is a tensor that is computed each time
-    return kernel_of(node, lambda: numbers(getattr(live, name)), tuple(int(n) for n in getattr(live, name).shape))
+    return kernel_of(node, lambda: numbers(getattr(live, name)), tuple(int(n) for n in variable.shape))
 
 
 def _live_by_path(model: Any) -> dict[str, Any]:

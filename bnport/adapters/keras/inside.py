@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bnport._lazy import TYPE_CHECKING
 from bnport.adapters.keras import config
-from bnport.adapters.keras.weights import arrays, named, order, unique
+from bnport.adapters.keras.weights import named, order, unique
 from bnport.errors import FormatError, listed, printable
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _join_below(nodes: list[Node], groups: dict[str, Group], store: Store, shown
             orders = {_fields(settings[at]) for at in here}
             tensors = None
             if len(orders) == 1:
-                tensors = named(arrays(groups[path]), orders.pop(), f"{shown}: {printable(path)}")
+                tensors = named(groups[path].tensors(), orders.pop(), f"{shown}: {printable(path)}")
             names = unique([nodes[at].path for at in here], [nodes[at].storage for at in here])
             kinds = [settings[at] for at in here]
             result.one_of[path] = OneOf(names, kinds, tensors, or_hidden=len(paths) > len(some))
@@ -194,7 +194,7 @@ def _fits(settings: Settings, group: Group) -> bool:
     if len(group.names()) != len(fields):
         return False
     try:
-        channels = named(arrays(group), fields, "")["mean"].shape[0]
+        channels = named(group.tensors(), fields, "")["mean"].shape[0]
     except FormatError:
         return False
     return settings.channels in (None, channels)

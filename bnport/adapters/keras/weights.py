@@ -141,11 +141,6 @@ class Store:
         return "/".join(self.names_to(layer) or ()) or layer
 
 
-def arrays(group: Group) -> list[H5Tensor]:
-    """The arrays `0`, `1`, ... of a `vars` group in order."""
-    return sorted(group.tensors(), key=lambda t: natural(t.name))
-
-
 def named(tensors: list[H5Tensor], fields: tuple[str, ...], where: str) -> dict[str, H5Tensor]:
     """field -> array; FormatError unless there are exactly these, each of one length and of floating-point numbers."""
     if len(tensors) != len(fields):
@@ -232,7 +227,7 @@ def _candidates(store: Store, skip: set[str]) -> tuple[list[tuple[Found, list[H5
         path = f"{layer}/vars" if layer else "vars"
         if path in skip or not 2 <= len(group.names()) <= 7:
             continue
-        tensors = arrays(group)
+        tensors = group.tensors()
         count = len(tensors)
         if any(len(t.shape) != 1 or t.shape != tensors[0].shape or not t.shape[0] for t in tensors):
             continue
