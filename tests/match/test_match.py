@@ -573,3 +573,42 @@ def test_contradicted_names_are_no_certain_pairs_of_a_refused_pairing():
     assert (found.pairs, found.guessed, found.unexpected) == ({}, (), ("bn0",))
     with pytest.raises(MatchError, match="ambiguous: bn1, bn2"):
         found.raise_if_bad()
+
+
+def test_what_follows_from_contradicted_names_is_marked_as_likely_only():
+    one, two = (8, 3, 3, 3), (8, 5, 3, 3)
+    source = layers(
+        layer("bn1", 8, one, []),
+        layer("bn2", 8, two, []),
+        layer("alpha", 9, None, ["bn1"]),
+        layer("beta", 9, None, ["bn2"]),
+    )
+    target = layers(
+        layer("bn1", 8, two, []), layer("bn2", 8, one, []), layer("u", 9, None, ["bn1"]), layer("v", 9, None, ["bn2"])
+    )
+    found = match(source, target)
+    assert {group.targets for group in found.ambiguous} == {("bn1", "bn2")}
+    assert found.pairs == {"u": "alpha", "v": "beta"}  # by the names: by the kernels it is the other way round
+    assert set(found.guessed) == {"u", "v"}
+
+
+def test_equal_names_stay_where_what_contradicts_them_contradicts_itself():
+    source = layers(layer("x", 8, (8, 3, 3, 3), []), layer("y", 8, (8, 5, 3, 3), ["x"]))
+    target = layers(layer("x", 8, (8, 5, 3, 3), []), layer("y", 8, (8, 3, 3, 3), ["x"]))
+    found = match(source, target)  # the kernels say that the two are swapped, the graphs that they are not
+    assert found.pairs == {"x": "x", "y": "y"}
+    assert all("kernels differ" in words[1] for words in found.evidence.values())
+
+
+@pytest.mark.parametrize(("numbers", "told"), [((0, 1), True), ((1, 5), True), ((7, 8), False)])
+def test_a_number_counts_where_all_but_one_were_seen(numbers, told):
+    """Two equal branches: that 0, 1, 2 are 1, 2, 3 elsewhere says of 1 and 2 which is which, and nothing of 7 and 8."""
+    words = ["stem", "mid", "tail"]
+    source = [layer(f"{word}_{n}.bn_1", 8 * (n + 1), None, []) for n, word in enumerate(words)]
+    target = [layer(f"{word[0]}_{n + 1}_n_1", 8 * (n + 1), None, []) for n, word in enumerate(words)]
+    source += [layer(f"branch_{n}.bn_1", 40, None, []) for n in numbers]
+    target += [layer(f"b_{n + 1}_n_1", 40, None, []) for n in reversed(numbers)]
+    found = match(layers(*source), layers(*target))
+    assert found.ok is told
+    if told:
+        assert all(found.pairs[f"b_{n + 1}_n_1"] == f"branch_{n}.bn_1" for n in numbers)
